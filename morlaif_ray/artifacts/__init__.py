@@ -1,0 +1,37 @@
+"""What a run leaves on disk: stage folders with manifests, and tables. Schemas: `docs/artifacts.md`."""
+
+from morlaif_ray.artifacts.folder import (
+    MANIFEST,
+    STAGES,
+    Manifest,
+    StageFolder,
+    canonical_json,
+    explain_os_errors,
+    read_manifest,
+)
+from morlaif_ray.artifacts.tables import (
+    read_json,
+    read_records,
+    read_table,
+    write_csv,
+    write_json,
+    write_records,
+    write_table,
+)
+
+__all__ = [
+    "MANIFEST",
+    "STAGES",
+    "Manifest",
+    "StageFolder",
+    "canonical_json",
+    "explain_os_errors",
+    "read_json",
+    "read_manifest",
+    "read_records",
+    "read_table",
+    "write_csv",
+    "write_json",
+    "write_records",
+    "write_table",
+]
