@@ -159,3 +159,6 @@ class PairsConfig(Section):
     """Rollout actors."""
     batch_size: PositiveInt = 256
     """Responses per generation call."""
+    num_reference: PositiveInt = 512
+    """SFT responses to `policy` prompts on which mean and standard deviation of every PM are fitted; 500 or more for a
+    real run."""

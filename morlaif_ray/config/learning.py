@@ -58,12 +58,12 @@ class PreferenceConfig(Section):
     gradient_checkpointing: bool = False
     concurrent_trials: PositiveInt = 2
     """Trainings at the same time."""
-    workers_per_trial: PositiveInt = 1
-    """Ray Train workers (data parallel) of one training."""
+    workers_per_trial: Annotated[int, Field(ge=0, le=1)] = 1
+    """Ray Train workers of one training: 1 is a process of its own, 0 trains inside the Tune trial (saves a process)."""
+    panel_placement: Literal["per_model", "one_actor"] = "per_model"
+    """per_model: an actor for every saved model; one_actor: all of them in one process (small machines)."""
     max_failures: NonNegativeInt = 1
     """Restarts of a lost training before the stage ends with an error."""
-    num_normaliser_samples: PositiveInt = 512
-    """SFT responses on which mean and standard deviation of every PM are fitted; 500 or more for a real run."""
     score_batch_size: PositiveInt = 64
 
 
@@ -146,8 +146,8 @@ class PolicyConfig(Section):
     truncation_penalty: NonNegativeFloat = 0.0
     """Subtracted from the scalar reward of a response without EOS, in units of the reward."""
     lora: LoraConfig | None = None
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """auto: vllm on GPU, transformers on CPU."""
+    engine: Literal["transformers"] = "transformers"
+    """The generation engine of the rollout workers."""
     num_rollout_workers: PositiveInt = 1
     rollout_gpus_per_worker: NonNegativeFloat = 0.0
     learner_ranks: PositiveInt = 1

@@ -1,0 +1,171 @@
+"""One async worker that asks the judge, and its view of the ledger and the limiter.
+
+    FeedbackWorker.work(batch) -> RemoteLedger.lookup, append / RemoteLimiter.acquire, pause -> BatchOutcome
+
+A plain class around `morlaif_ray.feedback.asking.BatchRunner`; `spawn_feedback_worker` gives it a process. A batch may be
+worked on twice: what is recorded is not asked again. So Ray may restart a worker and repeat its batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from morlaif_ray.config.judging import FeedbackConfig
+from morlaif_ray.errors import ActorLostError, MorlaifError
+from morlaif_ray.feedback.asking import AnswerLedger, BatchOutcome, BatchRunner
+from morlaif_ray.feedback.judges import build_client
+from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
+from morlaif_ray.feedback.permits import Limiter
+from morlaif_ray.feedback.prices import price_for_budget
+from morlaif_ray.feedback.questions import PairBatch, QuestionPlan
+from morlaif_ray.feedback.rate import Cost, Grant
+from morlaif_ray.feedback.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    import ray.actor
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent by workers about every second. Consumed by the driver for progress and to notice a hang."""
+
+    signs_of_life: int
+    done: dict[int, int]
+    """Batch index -> questions answered so far, for the batches under way."""
+
+
+class RemoteLedger:
+    """The ledger actor as `asking.AnswerLedger`."""
+
+    def __init__(self, handle: ray.actor.ActorHandle, timeout_s: float) -> None:
+        self._handle = handle
+        self._timeout_s = timeout_s
+
+    async def lookup(self, keys: Sequence[bytes]) -> dict[bytes, StoredAnswer]:
+        found: dict[bytes, StoredAnswer] = await _call(
+            self._handle.lookup, "ledger", self._timeout_s, list(keys)
+        )
+        return found
+
+    async def append(self, rows: Sequence[LedgerRow], failures: Sequence[FailureRow]) -> None:
+        await _call(self._handle.append, "ledger", self._timeout_s, list(rows), list(failures))
+
+
+class RemoteLimiter:
+    """The limiter actor as `permits.Limiter`."""
+
+    def __init__(self, handle: ray.actor.ActorHandle, timeout_s: float) -> None:
+        self._handle = handle
+        self._timeout_s = timeout_s
+
+    async def acquire(self, wanted: Sequence[Cost], estimated: Cost, actual: Cost) -> Grant:
+        answer: Grant = await _call(
+            self._handle.acquire, "rate limiter", self._timeout_s, list(wanted), estimated, actual
+        )
+        return answer
+
+    async def pause(self, wait_s: float) -> None:
+        await _call(self._handle.pause, "rate limiter", self._timeout_s, wait_s)
+
+
+async def _call(method: Any, who: str, timeout_s: float, *arguments: Any) -> Any:
+    """Awaits one remote call; our own errors come back as they are, a lost actor in one line."""
+    import ray
+
+    try:
+        return await asyncio.wait_for(method.remote(*arguments), timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        raise own_error(error) from None
+    except TimeoutError:
+        raise ActorLostError(
+            f"the {who} did not answer within {timeout_s:g} s; is its disk or node overloaded?"
+        ) from None
+    except ray.exceptions.RayActorError:
+        raise ActorLostError(
+            f"the {who} died too often; run the same command again, nothing recorded is lost"
+        ) from None
+
+
+def own_error(error: Any) -> BaseException:
+    """The MorlaifError inside a RayTaskError, else the error itself."""
+    cause = error.cause
+    return cause if isinstance(cause, MorlaifError) else error
+
+
+class FeedbackWorker:
+    """One client, many requests in flight. `limiter` is None where neither rate nor budget is limited."""
+
+    def __init__(
+        self,
+        feedback: FeedbackConfig,
+        plan: QuestionPlan,
+        seed: int,
+        ledger: AnswerLedger,
+        limiter: Limiter | None,
+    ) -> None:
+        self._feedback = feedback
+        self._plan = plan
+        self._seed = seed
+        self._ledger = ledger
+        self._limiter = limiter
+        self._opened: BatchRunner | None = None
+
+    @property
+    def _runner(self) -> BatchRunner:
+        """Built with the first call, not in the constructor, so that a missing key reaches the driver as one line."""
+        if self._opened is None:
+            feedback = self._feedback
+            self._opened = BatchRunner(
+                build_client(feedback.judge, seed=self._seed),
+                self._plan,
+                self._ledger,
+                policy=RetryPolicy(max_attempts=feedback.max_attempts),
+                price=price_for_budget(feedback.judge, feedback.budget_usd),
+                max_in_flight=feedback.max_in_flight,
+                limiter=self._limiter,
+            )
+        return self._opened
+
+    async def start(self) -> None:
+        assert self._runner is not None
+
+    async def work(self, batch: PairBatch) -> BatchOutcome:
+        return await self._runner.run(batch)
+
+    async def heartbeat(self) -> Heartbeat:
+        if self._opened is None:
+            return Heartbeat(0, {})
+        return Heartbeat(self._opened.signs_of_life, dict(self._opened.done))
+
+
+def worker_cpus(feedback: FeedbackConfig) -> float:
+    """CPUs that one worker reserves: the embedded judge computes, an API client mostly waits."""
+    return 1.0 if feedback.judge.kind == "rules" else 0.5
+
+
+def spawn_feedback_worker(
+    feedback: FeedbackConfig,
+    plan: QuestionPlan,
+    seed: int,
+    ledger: ray.actor.ActorHandle,
+    limiter: ray.actor.ActorHandle | None,
+    *,
+    max_restarts: int,
+    call_timeout_s: float,
+) -> ray.actor.ActorHandle:
+    import ray
+
+    # "control" runs beside the work, so a worker that waits for a provider still tells that it lives.
+    remote = ray.remote(concurrency_groups={"control": 1})(FeedbackWorker)
+    return remote.options(
+        num_cpus=worker_cpus(feedback), max_restarts=max_restarts, max_task_retries=max_restarts
+    ).remote(
+        feedback,
+        plan,
+        seed,
+        RemoteLedger(ledger, call_timeout_s),
+        RemoteLimiter(limiter, call_timeout_s) if limiter is not None else None,
+    )

@@ -1,0 +1,78 @@
+"""The one process that opens the ledger, on the driver's own machine.
+
+A plain class around `morlaif_ray.feedback.ledger.Ledger`; `spawn_ledger_writer` gives it a process. The ledger opens
+with the first call and not in the constructor, so that its error reaches the driver as it is. Every method may safely
+run twice, so Ray may restart the actor and repeat the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from morlaif_ray.feedback.ledger import FailureRow, Ledger, LedgerRow, StoredAnswer
+
+if TYPE_CHECKING:
+    import ray.actor
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRecipe:
+    """Judge and template behind the rows that this run appends."""
+
+    recipe: str
+    judge: str
+    """Canonical JSON of the judge's identity; holds no key."""
+    template: str
+
+
+class LedgerWriter:
+    def __init__(self, path: Path, recipe: LedgerRecipe, *, lock_wait_s: float = 10.0) -> None:
+        self._path = path
+        self._recipe = recipe
+        self._lock_wait_s = lock_wait_s
+        self._opened: Ledger | None = None
+
+    @property
+    def _ledger(self) -> Ledger:
+        if self._opened is None:
+            self._opened = Ledger(self._path, lock_wait_s=self._lock_wait_s)
+            self._opened.register(self._recipe.recipe, self._recipe.judge, self._recipe.template)
+        return self._opened
+
+    def open(self) -> int:
+        """Takes the lock; number of answers recorded so far. FeedbackError where another run holds the ledger."""
+        return self._ledger.num_answers()
+
+    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, StoredAnswer]:
+        return self._ledger.lookup(keys)
+
+    def append(self, rows: Sequence[LedgerRow], failures: Sequence[FailureRow]) -> None:
+        self._ledger.append(self._recipe.recipe, rows, failures)
+
+    def spent_usd(self) -> float:
+        return self._ledger.spent_usd
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+
+def spawn_ledger_writer(
+    path: Path, recipe: LedgerRecipe, *, max_restarts: int
+) -> ray.actor.ActorHandle:
+    """One per run. Pinned to the driver's node, where the path is."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(LedgerWriter)
+    return remote.options(
+        num_cpus=0,
+        max_restarts=max_restarts,
+        max_task_retries=max_restarts,
+        scheduling_strategy=here,
+    ).remote(path, recipe)

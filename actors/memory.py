@@ -1,0 +1,143 @@
+"""How much memory one process of the plan needs: documented formulas, no measurement, no torch.
+
+Legend: P parameters, b bytes per weight (float32 4, bfloat16 2), T trainable parameters, n layers, w width, V vocabulary,
+s sequences at once, l tokens per sequence, f shards (ranks or GPUs that divide the weights). 1 GB = 2**30 bytes.
+
+    weights           P*b / f
+    gradients, Adam   T*3*b_T / f       torch.optim.AdamW keeps both moments in the type of the parameter; LoRA's are float32
+    activations       s*l*n*17*w*b      Korthikanti et al. 2022 without the attention matrix (fused attention never stores it)
+                      s*l*(n + 17)*w*b  with gradient checkpointing: a layer's inputs, plus one layer in full
+    logits            s*l_out*V*12      float32 logits, log-probabilities and their gradient, of the tokens that are scored
+    KV cache          2*n*w*b*s*l / f   an upper bound: grouped queries need less
+    LoRA              T = 18*rank*n*w   all linear layers of a transformer block; 6*rank*n*w for named modules
+
+On a GPU 10% for fragmentation and 1 GB for the CUDA context come on top; on the host what a Python process with torch holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from morlaif_ray.config.inputs import LoraConfig, ModelConfig, ScratchModel
+
+GB = float(2**30)
+CUDA_CONTEXT_GB = 1.0
+FRAGMENTATION = 1.10
+PROCESS_GB = 0.3
+"""A Python process with torch and transformers, before any weight (measured: 260 MB with torch, 450 MB with TRL)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the formulas need to know of a model."""
+
+    num_parameters: float
+    num_layers: int
+    width: int
+    vocabulary_size: int
+    bytes_per_weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is in flight at once: `sequences` of `length` tokens, `scored` of which meet the vocabulary."""
+
+    sequences: int
+    length: int
+    scored: int = 0
+
+
+KNOWN_SHAPES: dict[str, tuple[float, int, int, int]] = {
+    "gpt2": (0.1244e9, 12, 768, 50257),
+    "gpt2-medium": (0.3548e9, 24, 1024, 50257),
+    "gpt2-large": (0.7740e9, 36, 1280, 50257),
+    "gpt2-xl": (1.5576e9, 48, 1600, 50257),
+    "google/gemma-2b": (2.506e9, 18, 2048, 256000),
+    "google/gemma-7b": (8.538e9, 28, 3072, 256000),
+    "meta-llama/Llama-2-7b-hf": (6.738e9, 32, 4096, 32000),
+    "meta-llama/Llama-2-13b-hf": (13.016e9, 40, 5120, 32000),
+    "meta-llama/Llama-2-70b-hf": (68.977e9, 80, 8192, 32000),
+}
+"""(parameters, layers, width, vocabulary) by hub id, from the models' own configs."""
+
+
+def shape_of(model: ModelConfig) -> ModelShape | None:
+    """The model's shape: computed for a scratch model, else from the config's plan fields or KNOWN_SHAPES; None if unknown."""
+    if isinstance(model, ScratchModel):
+        width, layers = model.width, model.num_layers
+        block = 12 * width * width + 13 * width
+        embeddings = (model.vocabulary_size + model.max_length) * width
+        return ModelShape(
+            embeddings + layers * block + 2 * width, layers, width, model.vocabulary_size, 4
+        )
+    known = shape_of_hub_id(model.path, model.dtype)
+    given = (model.num_parameters, model.num_layers, model.width, model.vocabulary_size)
+    if known is None and None in given:
+        return None
+    fallback = known or ModelShape(0.0, 0, 0, 0, 0)
+    return ModelShape(
+        model.num_parameters or fallback.num_parameters,
+        model.num_layers or fallback.num_layers,
+        model.width or fallback.width,
+        model.vocabulary_size or fallback.vocabulary_size,
+        2 if model.dtype == "bfloat16" else 4,
+    )
+
+
+def shape_of_hub_id(path: str, dtype: str) -> ModelShape | None:
+    if path not in KNOWN_SHAPES:
+        return None
+    parameters, layers, width, vocabulary = KNOWN_SHAPES[path]
+    return ModelShape(parameters, layers, width, vocabulary, 2 if dtype == "bfloat16" else 4)
+
+
+def weights_gb(shape: ModelShape, shards: int = 1) -> float:
+    return shape.num_parameters * shape.bytes_per_weight / shards / GB
+
+
+def trainable_parameters(shape: ModelShape, lora: LoraConfig | None) -> float:
+    if lora is None:
+        return shape.num_parameters
+    per_layer = 18 if lora.target_modules == "all-linear" else 6
+    return per_layer * lora.rank * shape.num_layers * shape.width
+
+
+def training_gb(
+    shape: ModelShape,
+    load: Load,
+    *,
+    lora: LoraConfig | None = None,
+    checkpointing: bool = False,
+    shards: int = 1,
+    frozen_copies: int = 0,
+    on_gpu: bool = False,
+) -> float:
+    """Memory of one training process. `frozen_copies`: further copies of the weights that it holds (a reference)."""
+    bytes_trained = shape.bytes_per_weight if lora is None else 4
+    states = trainable_parameters(shape, lora) * 3 * bytes_trained / shards / GB
+    layers = shape.num_layers + 17 if checkpointing else 17 * shape.num_layers
+    tokens = load.sequences * load.length
+    activations = tokens * layers * shape.width * shape.bytes_per_weight / GB
+    logits = load.sequences * load.scored * shape.vocabulary_size * 12 / GB
+    held = (1 + frozen_copies) * weights_gb(shape, shards) + states + activations + logits
+    return _with_overhead(held, on_gpu)
+
+
+def generation_gb(shape: ModelShape, load: Load, *, shards: int = 1, on_gpu: bool = False) -> float:
+    """Memory of a process that generates: weights, the KV cache of what is in flight, the last tokens' logits."""
+    cache = 2 * shape.num_layers * shape.width * shape.bytes_per_weight
+    cache_gb = cache * load.sequences * load.length / shards / GB
+    logits = load.sequences * shape.vocabulary_size * 12 / GB
+    return _with_overhead(weights_gb(shape, shards) + cache_gb + logits, on_gpu)
+
+
+def scoring_gb(
+    shape: ModelShape, load: Load, *, num_models: int = 1, on_gpu: bool = False
+) -> float:
+    """Memory of a process that scores texts with `num_models` models: their weights and one layer's activations."""
+    activations = load.sequences * load.length * 17 * shape.width * shape.bytes_per_weight / GB
+    return _with_overhead(num_models * weights_gb(shape) + activations, on_gpu)
+
+
+def _with_overhead(held_gb: float, on_gpu: bool) -> float:
+    return held_gb * FRAGMENTATION + CUDA_CONTEXT_GB if on_gpu else held_gb + PROCESS_GB

@@ -1,0 +1,70 @@
+"""The PPO learner with a process. Restores its own checkpoint when it starts, so a restarted learner is up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from actors.training import set_single_thread
+from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.rl.learner import PPOLearner
+from morlaif_ray.types import FloatArray, RolloutBatch
+
+LEARNER_CPUS = 0.5
+"""Reserved per learner; see `rollout_pool.ROLLOUT_CPUS`."""
+
+
+class PPOLearnerActor:
+    """Plain class; `spawn_ppo_learner` gives it a process."""
+
+    def __init__(
+        self,
+        model_path: str,
+        config: PolicyConfig,
+        seed: int,
+        dtype: str,
+        device: str,
+        checkpoint_dir: str,
+    ) -> None:
+        set_single_thread()
+        self._learner = PPOLearner(model_path, config, seed=seed, dtype=dtype, device=device)
+        self._checkpoint = Path(checkpoint_dir)
+        self._learner.load_checkpoint(self._checkpoint)
+
+    def ping(self) -> int:
+        """Number of steps done."""
+        return self._learner.step
+
+    def update(self, batch: RolloutBatch, reward_B: FloatArray) -> dict[str, float]:
+        """One PPO step; the fields of `UpdateMetrics`."""
+        return dataclasses.asdict(self._learner.update(batch, reward_B))
+
+    def weights(self) -> dict[str, Any]:
+        """The policy's weights for the rollout workers; stays in the object store, never passes the driver."""
+        return self._learner.weights()
+
+    def save_checkpoint(self) -> int:
+        """Publishes the whole training state; returns the number of steps it holds."""
+        self._learner.save_checkpoint(self._checkpoint)
+        return self._learner.step
+
+    def save_model(self, folder: str) -> None:
+        self._learner.save(Path(folder))
+
+
+def spawn_ppo_learner(
+    model_path: str,
+    config: PolicyConfig,
+    *,
+    seed: int,
+    dtype: str,
+    checkpoint_dir: Path,
+) -> Any:
+    """An actor handle of a `PPOLearnerActor` with the configured GPUs."""
+    import ray
+
+    gpus = config.learner_gpus_per_rank
+    remote = ray.remote(PPOLearnerActor).options(num_cpus=LEARNER_CPUS, num_gpus=gpus, max_restarts=0)
+    device = "cuda" if gpus else "cpu"
+    return remote.remote(model_path, config, seed, dtype, device, str(checkpoint_dir))

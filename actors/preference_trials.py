@@ -1,0 +1,170 @@
+"""Preference models as Ray Tune trials of a Ray Train trainer: K principles (or one trunk) and the baselines.
+
+Tune is the scheduler: it runs `concurrent_trials` at a time, retries a lost one, and every training resumes from its own
+checkpoint in the work folder, so neither a dead worker nor a dead driver loses more than a few steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.training import ProgressFile, cluster_has_gpu, find_cause, following, set_single_thread
+from morlaif_ray.artifacts import read_table, write_csv
+from morlaif_ray.config import Config
+from morlaif_ray.errors import ActorLostError, MorlaifError
+from morlaif_ray.seeding import derive_seed
+
+TRIAL_CPUS = 0.9
+"""Reserved per training. Just under one, so that a small machine keeps room for supervisors."""
+
+
+def preference_loop(settings: Mapping[str, Any]) -> None:
+    """Trains one preference model; leaves `models/<name>/` and `losses/<name>.csv` in the work folder."""
+    from morlaif_ray.preference.model import PreferenceModel
+    from morlaif_ray.preference.training import TrainingData, train_preference_model
+
+    set_single_thread()
+    config = Config.model_validate(settings["config"])
+    work, name, columns = Path(settings["work_dir"]), settings["name"], settings["columns"]
+    target = work / "models" / name
+    if target.is_dir():
+        return
+    table = read_table(work / "train.parquet")
+    log_odds = np.array([table[column] for column in columns], dtype=np.float64).T
+    usable = ~np.isnan(log_odds).all(axis=1)
+    rows = np.flatnonzero(usable)
+    data = TrainingData(
+        texts_a=[table["text_a"][row] for row in rows],
+        texts_b=[table["text_b"][row] for row in rows],
+        log_odds_NH=log_odds[rows],
+        pair_ids=[table["pair_id"][row] for row in rows],
+    )
+    model = PreferenceModel.from_backbone(
+        settings["backbone"],
+        columns,
+        max_length=config.preference.max_length,
+        # One seed for all: the models differ by their labels alone.
+        seed=derive_seed(config.seed, "preference"),
+        lora=config.preference.lora,
+    )
+    _to_gpu(model)
+    progress = ProgressFile(work / "progress" / f"{name}.json")
+    history = train_preference_model(
+        model,
+        data,
+        config.preference,
+        seed=derive_seed(config.seed, "preference"),
+        checkpoint_dir=work / "checkpoints" / name,
+        on_step=progress.write,
+    )
+    write_csv(
+        work / "losses" / f"{name}.csv",
+        [{"model": name, "step": item.step, "loss": item.loss} for item in history],
+    )
+    model.model.to("cpu")
+    temporary = target.with_name(f".{name}.partial")
+    model.save(temporary)
+    temporary.rename(target)
+
+
+def _to_gpu(model: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        model.model.to("cuda")
+
+
+def fit_preference_models(
+    config: Config,
+    work: Path,
+    trainings: Mapping[str, Sequence[str]],
+    backbone: str,
+    advance: Callable[[int], None],
+) -> None:
+    """Runs all trainings (name -> label columns, one head each); raises the first failure's own cause."""
+    from ray import tune
+
+    for folder in ("models", "losses", "progress", "checkpoints"):
+        (work / folder).mkdir(exist_ok=True)
+    open_names = [name for name in trainings if not (work / "models" / name).is_dir()]
+    shared = {
+        "config": config.model_dump(mode="json"),
+        "work_dir": str(work),
+        "backbone": backbone,
+        "trainings": json.dumps({name: list(columns) for name, columns in trainings.items()}),
+        "use_gpu": cluster_has_gpu(),
+    }
+    tuner = tune.Tuner(
+        tune.with_resources(_trial, _trial_resources(config, shared["use_gpu"])),
+        param_space={**shared, "name": tune.grid_search(open_names)},
+        tune_config=tune.TuneConfig(max_concurrent_trials=config.preference.concurrent_trials),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=str(work / "ray_tune"),
+            failure_config=tune.FailureConfig(max_failures=config.preference.max_failures),
+            verbose=0,
+        ),
+    )
+    if not open_names:
+        return
+    with following([work / "progress" / f"{name}.json" for name in trainings], advance):
+        results = tuner.fit()
+    if results.num_errors:
+        _raise_first(results)
+
+
+def _trial_resources(config: Config, use_gpu: bool) -> dict[str, float]:
+    """In-process training reserves for itself; otherwise the Ray Train worker does."""
+    if config.preference.workers_per_trial:
+        return {"cpu": 0.01}
+    return {"cpu": TRIAL_CPUS, "gpu": 1.0 if use_gpu else 0.0}
+
+
+def _trial(parameters: dict[str, Any]) -> dict[str, Any]:
+    """One Tune trial: a Ray Train trainer around `preference_loop`."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    config = Config.model_validate(parameters["config"])
+    name = parameters["name"]
+    num_workers = config.preference.workers_per_trial
+    trainer = TorchTrainer(
+        preference_loop,
+        train_loop_config={
+            "config": parameters["config"],
+            "work_dir": parameters["work_dir"],
+            "backbone": parameters["backbone"],
+            "name": name,
+            "columns": json.loads(parameters["trainings"])[name],
+        },
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=bool(parameters["use_gpu"]) and num_workers > 0,
+            resources_per_worker={"CPU": TRIAL_CPUS} if num_workers else None,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(Path(parameters["work_dir"]) / "ray_train"),
+            failure_config=FailureConfig(max_failures=config.preference.max_failures),
+        ),
+    )
+    trainer.fit()
+    return {"trained": 1}
+
+
+def _raise_first(results: Any) -> None:
+    error = next(iter(results.errors))
+    cause = find_cause(error)
+    if isinstance(cause, MorlaifError):
+        raise cause from None
+    text = str(error)
+    for line in reversed(text.splitlines()):  # Tune hands over the trial's traceback as text
+        if "morlaif_ray.errors." in line:
+            raise ActorLostError(line.split(": ", 1)[-1].strip())
+    last = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+    raise ActorLostError(f"training of a preference model failed: {last}; see logs/ in the run folder")

@@ -1,0 +1,41 @@
+"""A generation engine with a process: samples responses, and adopts new policy weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actors.training import set_single_thread
+from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
+from morlaif_ray.types import GenerationRequest, RolloutBatch
+
+
+class RolloutWorker:
+    """Plain class; `spawn_rollout_worker` gives it a process."""
+
+    def __init__(self, model_path: str, dtype: str = "float32", device: str = "cpu") -> None:
+        set_single_thread()
+        self.engine = TransformersEngine.from_path(model_path, dtype=dtype)
+        self.engine.model.to(device)
+
+    def ping(self) -> int:
+        """The policy version held."""
+        return self.engine.policy_version
+
+    def generate(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> RolloutBatch:
+        return self.engine.generate(requests, settings)
+
+    def load_weights(self, weights: Mapping[str, Any], version: int) -> int:
+        """Adopts a full set of weights; returns the version now held."""
+        self.engine.load_weights(weights, version)
+        return version
+
+
+def spawn_rollout_worker(
+    model_path: str, *, dtype: str, num_cpus: float, num_gpus: float
+) -> Any:
+    """An actor handle of a `RolloutWorker` that reserves the given CPUs and GPUs."""
+    import ray
+
+    remote = ray.remote(RolloutWorker).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0)
+    return remote.remote(model_path, dtype, "cuda" if num_gpus else "cpu")

@@ -1,0 +1,148 @@
+"""Ray for one job: attach to a cluster, or start a local one that ends with the job.
+
+Token authentication is always on. A local Ray gets a fresh token in a file of mode 0600 that only this process and its
+children know of. Ray's and the workers' log lines go to files, not to the person's terminal.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from morlaif_ray.config.operations import ClusterConfig
+from morlaif_ray.errors import ResourceError
+
+WORKER_ENVIRONMENT = {
+    # One thread per process: on a small machine two threads that contend are 2-5 times slower than one.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_DEDUP_LOGS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def connect(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -> None:
+    """Attaches to `cluster.address` (or RAY_ADDRESS), else starts a local Ray. ResourceError when neither works."""
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    _quiet_loggers()
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _attach(address, cluster, say)
+    else:
+        _start_local(cluster, log_dir, say)
+
+
+def _attach(address: str, cluster: ClusterConfig, say: Callable[[str], None]) -> None:
+    import ray
+
+    check_reachable(address, cluster.connect_timeout_s)
+    say(f"attaching to Ray at {address}")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise ResourceError(
+            f"Ray at {address} did not accept this driver ({_first_line(error)}); check RAY_AUTH_TOKEN or "
+            f"RAY_AUTH_TOKEN_PATH, and that both sides run Ray {ray.__version__}"
+        ) from error
+
+
+def check_reachable(address: str, timeout_s: float) -> None:
+    """Opens one TCP connection to the address, because Ray's own error comes late and misleads."""
+    if address in ("auto", "local"):
+        return
+    plain = address.removeprefix("ray://")
+    host, _, port = plain.rpartition(":")
+    if not host or not port.isdigit():
+        raise ResourceError(f"Ray address {address!r}: write it as host:port, e.g. 10.0.0.5:6379")
+    try:
+        with socket.create_connection((host, int(port)), timeout=min(timeout_s, 10.0)):
+            return
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray at {address} ({error.strerror or error}); start one with 'ray start --head', or unset "
+            f"cluster.address and RAY_ADDRESS to use a local Ray"
+        ) from None
+
+
+def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -> None:
+    import ray
+
+    say("starting a local Ray")
+    # Socket paths are limited to 107 bytes, so the session folder cannot live in the run folder.
+    session_dir = Path(tempfile.mkdtemp(prefix="morlaif-", dir="/tmp" if os.name == "posix" else None))
+    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        token = session_dir / "token"
+        descriptor = os.open(token, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    try:
+        ray.init(
+            num_cpus=cluster.num_cpus,
+            include_dashboard=cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            object_store_memory=cluster.object_store_mb * 1024 * 1024,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(session_dir),
+        )
+    except Exception as error:
+        shutil.rmtree(session_dir, ignore_errors=True)
+        raise ResourceError(
+            f"the local Ray did not start ({_first_line(error)}); see 'morlaif doctor'"
+        ) from error
+    atexit.register(_end_local, session_dir, log_dir)
+
+
+def _end_local(session_dir: Path, log_dir: Path) -> None:
+    """Ends our own Ray, keeps its logs in the run folder, removes the session folder."""
+    import ray
+
+    ray.shutdown()
+    logs = session_dir / "session_latest" / "logs"
+    if logs.is_dir() and log_dir.is_dir():
+        target = log_dir / "ray"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(logs.resolve(), target, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+    shutil.rmtree(session_dir, ignore_errors=True)
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+
+
+def disconnect() -> None:
+    """Ends the local Ray or detaches, for callers that go on after the job (tests)."""
+    import ray
+
+    ray.shutdown()
+
+
+def _quiet_loggers() -> None:
+    for name in ("ray", "ray.tune", "ray.train", "transformers", "datasets", "httpx", "openai"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

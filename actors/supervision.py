@@ -1,0 +1,185 @@
+"""Calls that survive the death of an actor.
+
+A `SupervisedActor` is one slot: when its process dies or hangs, a fresh one takes its place (within a restart budget),
+is brought up to date by `after_start`, and the lost call is sent again. Only idempotent methods may be called this way:
+every method of this package's actors is, because samples are seeded by content and scores are pure.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from morlaif_ray.errors import ActorLostError
+
+
+@dataclass(frozen=True)
+class Call:
+    """One remote call to make: `actor.method(*arguments)`."""
+
+    actor: SupervisedActor
+    method: str
+    arguments: tuple[Any, ...] = ()
+
+
+class SupervisedActor:
+    """One named slot for an actor. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        name: str,
+        spawn: Callable[[], Any],
+        *,
+        max_restarts: int,
+        start_timeout_s: float,
+        call_timeout_s: float,
+        after_start: Callable[[Any], Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.name = name
+        self.call_timeout_s = call_timeout_s
+        self._spawn = spawn
+        self._max_restarts = max_restarts
+        self._start_timeout_s = start_timeout_s
+        self._after_start = after_start
+        self._say = say
+        self._lock = threading.Lock()
+        self.num_restarts = 0
+        self.handle = spawn()
+        self._ready = False
+
+    def wait_ready(self) -> None:
+        """Waits for the first start; ActorLostError says how long and what may be wrong."""
+        import ray
+
+        with self._lock:
+            if self._ready:
+                return
+            try:
+                ray.get(self.handle.ping.remote(), timeout=self._start_timeout_s)
+            except ray.exceptions.GetTimeoutError:
+                raise ActorLostError(
+                    f"{self.name}: not started after {self._start_timeout_s:.0f} s; the cluster may lack free CPUs or "
+                    f"GPUs ('morlaif plan' says what is needed), or raise cluster.start_timeout_s"
+                ) from None
+            self._ready = True
+
+    def submit(self, method: str, arguments: Sequence[Any]) -> tuple[Any, Any]:
+        """(object reference, the handle that it was sent to)."""
+        handle = self.handle
+        return getattr(handle, method).remote(*arguments), handle
+
+    def revive(self, lost: Any, cause: str) -> None:
+        """Replaces the process behind `lost`, once, whoever notices first; ActorLostError beyond the budget."""
+        import ray
+
+        with self._lock:
+            if self.handle is not lost:
+                return
+            if self.num_restarts >= self._max_restarts:
+                raise ActorLostError(
+                    f"{self.name} died {self.num_restarts + 1} times (last: {cause}); its restart budget is "
+                    f"{self._max_restarts} (policy.max_restarts); see logs/ in the run folder"
+                )
+            self.num_restarts += 1
+            self._say(f"{self.name} was lost ({cause}); starting it again ({self.num_restarts}/{self._max_restarts})")
+            ray.kill(lost)
+            self.handle = self._spawn()
+            ray.get(self.handle.ping.remote(), timeout=self._start_timeout_s)
+            if self._after_start is not None:
+                self._after_start(self.handle)
+
+    def stop(self) -> None:
+        import ray
+
+        ray.kill(self.handle)
+
+
+def call_all(calls: Sequence[Call]) -> list[Any]:
+    """Makes all calls at once; results in order. A lost actor is revived and its call repeated.
+
+    Raises the method's own error as it is, or ActorLostError when a restart budget is used up.
+    """
+    results: list[Any] = [None] * len(calls)
+    waiting = {index: call.actor.submit(call.method, call.arguments) for index, call in enumerate(calls)}
+    while waiting:
+        for index, (reference, handle) in list(waiting.items()):
+            call = calls[index]
+            done, value = _collect(call, reference, handle)
+            if done:
+                results[index] = value
+                del waiting[index]
+            else:
+                waiting[index] = call.actor.submit(call.method, call.arguments)
+    return results
+
+
+def call(actor: SupervisedActor, method: str, *arguments: Any) -> Any:
+    """One call, supervised."""
+    return call_all([Call(actor, method, arguments)])[0]
+
+
+def _collect(call: Call, reference: Any, handle: Any) -> tuple[bool, Any]:
+    """(True, result), or (False, None) after the actor was revived and the call must be repeated."""
+    import ray
+
+    try:
+        return True, ray.get(reference, timeout=call.actor.call_timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    except ray.exceptions.GetTimeoutError:
+        call.actor.revive(handle, f"no answer to {call.method} in {call.actor.call_timeout_s:.0f} s")
+    except ray.exceptions.RayActorError as error:
+        call.actor.revive(handle, _short(error))
+    return False, None
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def map_over(
+    actors: Sequence[SupervisedActor],
+    method: str,
+    items: Sequence[tuple[Any, ...]],
+    on_result: Callable[[int, Any], None] | None = None,
+) -> list[Any]:
+    """Spreads items over interchangeable actors, one in flight plus one queued per actor; results in item order."""
+    import ray
+
+    results: list[Any] = [None] * len(items)
+    pending: dict[Any, tuple[int, SupervisedActor, Any]] = {}
+    load = {id(actor): 0 for actor in actors}
+    queue = list(range(len(items)))[::-1]
+
+    def send(index: int, actor: SupervisedActor) -> None:
+        reference, handle = actor.submit(method, items[index])
+        pending[reference] = (index, actor, handle)
+        load[id(actor)] += 1
+
+    while queue or pending:
+        free = [actor for actor in actors if load[id(actor)] < 2]
+        while queue and free:
+            actor = min(free, key=lambda a: load[id(a)])
+            send(queue.pop(), actor)
+            free = [a for a in actors if load[id(a)] < 2]
+        timeout_s = actors[0].call_timeout_s
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
+        reference = ready[0] if ready else next(iter(pending))
+        index, actor, handle = pending.pop(reference)
+        load[id(actor)] -= 1
+        if not ready:
+            actor.revive(handle, f"no answer to {method} in {timeout_s:.0f} s")
+            queue.append(index)
+            continue
+        done, value = _collect(Call(actor, method, items[index]), reference, handle)
+        if not done:
+            queue.append(index)
+            continue
+        results[index] = value
+        if on_result is not None:
+            on_result(index, value)
+    return results

@@ -1,0 +1,143 @@
+"""Stage 2: ask the judge about every pair, per principle, in both orders.
+
+    1_pairs/pairs.parquet -> FeedbackPool (ledger, limiter, workers) -> debias -> 2_feedback/
+
+Ctrl-C or a crash at any time: the same command goes on from the ledger and pays for nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.context import JobContext
+from morlaif_ray.artifacts import (
+    canonical_json,
+    read_records,
+    write_csv,
+    write_json,
+    write_records,
+    write_table,
+)
+from morlaif_ray.errors import DataError
+from morlaif_ray.feedback.analysis import (
+    agreement_matrix,
+    correlation_matrix,
+    log_odds_table,
+    matrix_rows,
+    summarise,
+)
+from morlaif_ray.feedback.asking import BatchOutcome
+from morlaif_ray.feedback.assembling import Assembled, assemble, check_missing
+from morlaif_ray.feedback.combining import CombineRule
+from morlaif_ray.feedback.judges import check_principles, judge_identity, recipe_of
+from morlaif_ray.feedback.prices import price_for_budget
+from morlaif_ray.feedback.questions import (
+    PairBatch,
+    QuestionPlan,
+    plan_questions,
+    random_assignment,
+    split_batches,
+)
+from morlaif_ray.feedback.template import DEFAULT_TEMPLATE
+from morlaif_ray.principles import load_principles
+from morlaif_ray.types import Judgement, ResponsePair
+
+STAGE = "2_feedback"
+JUDGED_SPLITS = ("preference", "weights", "test")
+
+
+def run(context: JobContext) -> None:
+    config = context.config
+    feedback = config.feedback
+    principles = load_principles(feedback.principles, feedback.principles_dir)
+    names = [principle.name for principle in principles]
+    check_principles(feedback.judge, names)
+    price_for_budget(feedback.judge, feedback.budget_usd)
+    # The phrases are part of the recipe: an edited principle file makes the stage stale.
+    phrases = {principle.name: principle.question for principle in principles}
+    stage = context.stage(
+        STAGE, sections=["feedback"], inputs=["1_pairs"], extra={"phrases": phrases}
+    )
+    if stage.is_current():
+        context.reporter.skipped(STAGE)
+        return
+    pairs = judgeable_pairs(context.path("1_pairs", "pairs.parquet"))
+    recipe = recipe_of(feedback.judge, config.seed)
+    plan = plan_questions(principles, orders=feedback.orders, seed=config.seed, recipe=recipe)
+    batches, outcomes = _ask(context, pairs, plan)
+    assignment = random_assignment(pairs, principles, config.seed)
+    rule = CombineRule(feedback.tie_threshold, feedback.min_answer_mass)
+    assembled = assemble(plan, batches, outcomes, rule, assignment)
+    check_missing(assembled.judgements, feedback.max_missing_share)
+    rows = {"judgements.parquet": len(assembled.judgements)}
+    with stage.writing(rows) as folder:
+        write_stage(folder, pairs, assembled, outcomes, names, assignment)
+
+
+def judgeable_pairs(path: Path) -> list[ResponsePair]:
+    """The pairs to ask about. DataError where there are none, or where all responses are identical."""
+    pairs = [pair for pair in read_records(path, ResponsePair) if pair.split in JUDGED_SPLITS]
+    if not pairs:
+        raise DataError(
+            f"{path}: holds no pairs of the splits {', '.join(JUDGED_SPLITS)}; sample more prompts"
+        )
+    distinct = [pair for pair in pairs if pair.response_a != pair.response_b]
+    if not distinct:
+        raise DataError(
+            f"{path}: in all {len(pairs)} pairs both responses are identical, so there is nothing to compare; "
+            f"sample at a higher temperature or use other data"
+        )
+    return distinct
+
+
+def _ask(
+    context: JobContext, pairs: Sequence[ResponsePair], plan: QuestionPlan
+) -> tuple[list[PairBatch], list[BatchOutcome]]:
+    from actors.feedback_pool import QUESTIONS_PER_BATCH, FeedbackPool
+    from actors.ledger_writer import LedgerRecipe
+
+    config = context.config
+    batches = list(split_batches(pairs, plan, QUESTIONS_PER_BATCH))
+    ledger_path = config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")
+    identity = canonical_json(judge_identity(config.feedback.judge, config.seed))
+    context.connect()
+    pool = FeedbackPool(
+        config.feedback,
+        plan,
+        ledger_path.absolute(),
+        LedgerRecipe(plan.recipe, identity, DEFAULT_TEMPLATE),
+        seed=config.seed,
+        start_timeout_s=config.cluster.start_timeout_s,
+    )
+    with pool:
+        if pool.num_recorded_before:
+            context.reporter.line(
+                f"ledger: {pool.num_recorded_before} answers recorded before are not asked again"
+            )
+        total = len(pairs) * plan.per_pair
+        with context.reporter.task("AI feedback", total=total, unit="questions") as task:
+            outcomes = pool.answer(batches, task.advance)
+    return batches, outcomes
+
+
+def write_stage(
+    folder: Path,
+    pairs: Sequence[ResponsePair],
+    assembled: Assembled,
+    outcomes: Sequence[BatchOutcome],
+    names: Sequence[str],
+    assignment: dict[str, str],
+) -> None:
+    """The files of `2_feedback/` as docs/artifacts.md describes them."""
+    judgements = assembled.judgements
+    write_records(folder / "judgements.parquet", judgements, Judgement)
+    write_table(
+        folder / "random_assignment.parquet",
+        {"pair_id": list(assignment), "principle": list(assignment.values())},
+    )
+    summary = summarise(pairs, judgements, outcomes, assembled.position_bias, names)
+    write_json(folder / "summary.json", summary)
+    log_odds_PK, decided_PK = log_odds_table(judgements, names)
+    write_csv(folder / "agreement.csv", matrix_rows(agreement_matrix(decided_PK), names))
+    write_csv(folder / "correlation.csv", matrix_rows(correlation_matrix(log_odds_PK), names))

@@ -1,0 +1,50 @@
+"""The whole method, in order. The shortest description of MORLAIF that runs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+
+from jobs.context import JobContext
+from morlaif_ray.artifacts import write_json
+
+
+def run(context: JobContext) -> None:
+    """Runs every stage that is not up to date; publishes `report.html` and `timings.json` in the run folder."""
+    started = time.monotonic()
+    context.connect()
+    from jobs import (
+        collect_feedback,
+        evaluate,
+        fit_weights,
+        sample_pairs,
+        sweep_scalarizers,
+        train_policy,
+        train_preference_models,
+        train_sft,
+    )
+
+    stages: list[tuple[str, Callable[[JobContext], None]]] = [
+        ("0_sft", train_sft.run),
+        ("1_pairs", sample_pairs.run),
+        ("2_feedback", collect_feedback.run),
+        ("3_preference_models", train_preference_models.run),
+        ("4_reward", fit_weights.run),
+        ("4_sweep", sweep_scalarizers.run),
+        ("5_policy", train_policy.run),
+        ("6_evaluation", evaluate.run),
+    ]
+    if not context.config.sweep.enabled:
+        stages = [stage for stage in stages if stage[0] != "4_sweep"]
+    timings: dict[str, float] = {}
+    for name, run_stage in stages:
+        stage_started = time.monotonic()
+        run_stage(context)
+        timings[name] = round(time.monotonic() - stage_started, 1)
+    timings["total"] = round(time.monotonic() - started, 1)
+    write_json(context.path("timings.json"), timings)
+    shutil.rmtree(context.path("work"), ignore_errors=True)
+    shown = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items())
+    context.reporter.line(f"done: {shown}")
+    print(context.path("report.html"))

@@ -1,0 +1,148 @@
+"""Stage 5: PPO for every arm. One arm is one policy: a scalarizer over the preference models, or a baseline's model.
+
+    prompts -> rollout workers -> panel -> reward -> learner -> weights back to the rollout workers
+
+`run_arm` is that loop. Everything random in it is a function of (seed, step, index), and the learner's checkpoint holds
+the rest, so a run that stops, or loses a learner, ends with the same bits as one that does not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+
+from jobs.arm import Arm, ArmStopped
+from jobs.context import JobContext
+from jobs.progress import Task
+from jobs.tracking import PrometheusGauges, open_tracker
+from morlaif_ray.config.learning import ArmConfig
+from morlaif_ray.errors import ConfigError
+
+STAGE = "5_policy"
+STOP_TIMEOUT_S = 120.0
+
+
+def run(context: JobContext) -> None:
+    stage = context.stage(
+        STAGE,
+        sections=["policy", "reward"],
+        inputs=["0_sft", "1_pairs", "3_preference_models", "4_reward"],
+    )
+    if stage.is_current():
+        context.reporter.skipped(STAGE)
+        return
+    check_supported(context)
+    work = stage.resumable_work_dir()
+    context.connect()
+    from actors.preference_panel import PreferencePanel, panel_columns
+
+    arms = context.config.policy.arms
+    baselines = list(dict.fromkeys(arm.baseline for arm in arms if arm.baseline is not None))
+    columns = panel_columns(context.path("3_preference_models"), baselines)
+    panel = PreferencePanel(context.config, columns, context.reporter.line)
+    gauges = PrometheusGauges()
+    total = sum(arm.num_steps or context.config.policy.num_steps for arm in arms)
+    with context.reporter.task("PPO", total=total, unit="steps") as task:
+
+        def train(arm: ArmConfig, stop: threading.Event) -> None:
+            run_arm(Arm(context, arm, work / arm.name, panel), task, gauges, stop)
+
+        _run_concurrently(arms, train, context.config.policy.concurrent_arms)
+    panel.close()
+    with stage.writing({"arms": len(arms)}) as folder:
+        for arm in arms:
+            target = folder / arm.name
+            target.mkdir()
+            shutil.copytree(work / arm.name / "model", target / "model")
+            for name in ("metrics.parquet", "summary.json"):
+                shutil.copy2(work / arm.name / name, target / name)
+    shutil.rmtree(work)
+
+
+def check_supported(context: JobContext) -> None:
+    """What this version cannot do ends here, before a model loads."""
+    policy = context.config.policy
+    if policy.learner_ranks > 1:
+        raise ConfigError(
+            f"policy.learner_ranks is {policy.learner_ranks}; the learner of this version runs on one rank: "
+            f"write 1 (with policy.lora for large models)"
+        )
+
+
+def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Event) -> None:
+    """Trains one policy, from its checkpoint where there is one, and leaves model, metrics and summary."""
+    tracker = open_tracker(arm.context.config, arm.context.run_dir, f"5_policy/{arm.config.name}")
+    step = arm.start()
+    task.advance(step)
+    while step < arm.num_steps:
+        if stop.is_set():
+            arm.checkpoint()
+            raise ArmStopped(arm.config.name)
+        batch = arm.generate(step)
+        scored = arm.score(batch)
+        metrics = arm.update(step, batch, scored)
+        if metrics is None:  # the learner was lost and came back at its last checkpoint
+            lost, step = step, arm.step
+            task.advance(step - lost)
+            continue
+        step += 1
+        arm.refresh(step)
+        arm.record(step, metrics)
+        tracker.log(step, metrics)
+        gauges.log(arm.config.name, metrics)
+        if step % arm.context.config.policy.checkpoint_every == 0 and step < arm.num_steps:
+            arm.checkpoint()
+        task.advance(1)
+        task.note(f"{arm.config.name}: reward {metrics['reward_mean']:+.2f}, KL {metrics['kl_mean']:.1f}")
+    arm.finish()
+    tracker.close()
+
+
+def _run_concurrently(arms: list[ArmConfig], train, num_concurrent: int) -> None:  # type: ignore[no-untyped-def]
+    """Arms as threads (they mostly wait for actors). The first failure, or Ctrl-C, makes all of them checkpoint."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=num_concurrent) as pool:
+        futures: list[Future[None]] = [pool.submit(train, arm, stop) for arm in arms]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except KeyboardInterrupt:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            wait(futures, timeout=STOP_TIMEOUT_S)
+            raise
+        failed = [future for future in futures if future.done() and future.exception() is not None]
+        if failed:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            wait(futures, timeout=STOP_TIMEOUT_S)
+        for future in failed:
+            future.result()
+
+
+def run_arm_inline(context: JobContext, arm: ArmConfig, num_steps: int) -> dict[str, float]:
+    """A short run of one arm with a panel of its own, for the online sweep; returns the sweep's figures.
+
+    `oracle_gain` is the change of the true utility since the first step; absent on real data.
+    """
+    from actors.preference_panel import PreferencePanel, panel_columns
+    from morlaif_ray.artifacts import read_json, read_table
+
+    check_supported(context)
+    context.connect()
+    baselines = [arm.baseline] if arm.baseline is not None else []
+    columns = panel_columns(context.path("3_preference_models"), baselines)
+    panel = PreferencePanel(context.config, columns, context.reporter.line)
+    work = context.path("work", "4_sweep", "arms", arm.name)
+    short = arm.model_copy(update={"num_steps": num_steps})
+    with context.reporter.task(arm.name, total=num_steps, unit="steps") as task:
+        run_arm(Arm(context, short, work, panel), task, PrometheusGauges(), threading.Event())
+    panel.close()
+    summary = read_json(work / "summary.json")
+    figures = {"reward_gain": float(summary["reward_gain_sd"]), "kl": float(summary["final_kl"])}
+    utility = read_table(work / "metrics.parquet").get("oracle_utility")
+    if utility:
+        figures["oracle_gain"] = float(sum(utility[-5:]) / len(utility[-5:]) - utility[0])
+    return figures

@@ -1,0 +1,26 @@
+"""Models and tokenizers under every stage: one way to build, load, and turn a dialogue into tokens."""
+
+from morlaif_ray.backbone.causal import build_scratch_model, load_causal_lm, save_pretrained
+from morlaif_ray.backbone.dialogue import (
+    ASSISTANT,
+    HUMAN,
+    dialogue_text,
+    encode_prompt,
+    encode_scored_text,
+    with_leading_space,
+)
+from morlaif_ray.backbone.tokenizers import build_word_tokenizer, load_tokenizer
+
+__all__ = [
+    "ASSISTANT",
+    "HUMAN",
+    "build_scratch_model",
+    "build_word_tokenizer",
+    "dialogue_text",
+    "encode_prompt",
+    "encode_scored_text",
+    "load_causal_lm",
+    "load_tokenizer",
+    "save_pretrained",
+    "with_leading_space",
+]

@@ -1,0 +1,58 @@
+"""Causal language models: a small GPT-2 from scratch, or any `AutoModelForCausalLM` (safetensors, no remote code)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from morlaif_ray.config.inputs import ScratchModel
+from morlaif_ray.errors import ArtifactError
+
+
+def build_scratch_model(config: ScratchModel, tokenizer: Any, seed: int) -> Any:
+    """A GPT-2 of the configured size with random weights that depend on the seed alone. No dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=config.max_length,
+        n_embd=config.width,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % (1 << 62))
+        return GPT2LMHeadModel(settings)
+
+
+def load_causal_lm(path: str, *, dtype: str = "float32", revision: str | None = None) -> Any:
+    """Loads a causal LM; ArtifactError names the path when there is none."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: no causal language model could be loaded ({str(error).splitlines()[0]}); "
+            f"give a folder saved by save_pretrained or a reachable model id"
+        ) from None
+
+
+def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes model (safetensors) and tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,33 @@
+"""The one template: how a dialogue becomes text and tokens, the same for training, scoring and serving.
+
+A prompt ends with "\\n\\nAssistant:", a response begins with a space, and their concatenation is the dialogue.
+Truncation keeps the end. A scored text always ends with EOS, whose hidden state carries the score.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+
+
+def with_leading_space(response: str) -> str:
+    """Decoders of word-level tokenizers drop the space that separates a response from its turn marker."""
+    return response if response.startswith(" ") else f" {response}"
+
+
+def dialogue_text(prompt: str, response: str) -> str:
+    return prompt + with_leading_space(response)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, max_tokens: int) -> list[int]:
+    """Token ids of the prompt, its last `max_tokens` when it is longer (the end of a dialogue matters most)."""
+    ids: list[int] = tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    return ids[-max_tokens:]
+
+
+def encode_scored_text(tokenizer: Any, text: str, max_length: int) -> list[int]:
+    """Token ids of a whole dialogue for a preference model: its end, then EOS; at most `max_length`."""
+    ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
+    return [*ids[-(max_length - 1) :], tokenizer.eos_token_id]

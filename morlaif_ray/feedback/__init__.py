@@ -1,0 +1,22 @@
+"""AI feedback: ask a judge which of two responses is better, per principle, and never pay twice.
+
+    ResponsePair -> Question (x principles x orders) -> FeedbackClient -> RawAnswer -> ParsedAnswer -> Judgement
+
+| module | holds |
+| --- | --- |
+| `client` | the border: `FeedbackClient`, `Question`, `RawAnswer`, `AttemptError` |
+| `judges` | which judges there are: `rules_client` (`measures`, `lexicons`), `openai_client` |
+| `template` | the prompt: conversation first, principle last |
+| `questions` | which questions there are, content keys, batches |
+| `asking` | the answering loop of a worker; `permits`, `rate`, `retry`, `prices` decide for it |
+| `ledger` | the durable store of answers |
+| `parsing`, `combining`, `assembling` | from log-probabilities to debiased judgements |
+| `analysis` | agreement, correlation, position bias, people |
+
+Importing this package loads neither the API client nor the lexicon libraries.
+"""
+
+from morlaif_ray.feedback.client import AttemptError, FeedbackClient, Question, RawAnswer
+from morlaif_ray.feedback.judges import JUDGES, build_client
+
+__all__ = ["JUDGES", "AttemptError", "FeedbackClient", "Question", "RawAnswer", "build_client"]

@@ -1,0 +1,151 @@
+"""What the judgements say about judge and principles: agreement (Figure 5a), correlation, bias, people.
+
+Legend: P pairs, K principles. Missing judgements are NaN and left out pair by pair, never counted as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from morlaif_ray.feedback.asking import BatchOutcome
+from morlaif_ray.feedback.questions import GENERAL, RANDOM
+from morlaif_ray.types import FloatArray, Interval, Judgement, ResponsePair
+
+Z_95 = 1.959963984540054
+
+
+def log_odds_table(
+    judgements: Sequence[Judgement], names: Sequence[str]
+) -> tuple[FloatArray, FloatArray]:
+    """(log_odds_PK, decided_PK): log-odds with NaN where missing, and the same with NaN for ties too."""
+    rows: dict[str, int] = {}
+    columns = {name: column for column, name in enumerate(names)}
+    entries = [entry for entry in judgements if entry.principle in columns]
+    for entry in entries:
+        rows.setdefault(entry.pair_id, len(rows))
+    log_odds_PK = np.full((len(rows), len(columns)), np.nan)
+    decided_PK = log_odds_PK.copy()
+    for entry in entries:
+        place = rows[entry.pair_id], columns[entry.principle]
+        log_odds_PK[place] = entry.log_odds
+        if entry.status == "ok":
+            decided_PK[place] = entry.log_odds
+    return log_odds_PK, decided_PK
+
+
+def agreement_matrix(decided_PK: FloatArray) -> FloatArray:
+    """Share of pairs on which two principles agree; ties and missing left out, NaN if none is left."""
+    present = (~np.isnan(decided_PK)).astype(np.float64)
+    signs = np.where(present > 0, np.sign(np.nan_to_num(decided_PK)), 0.0)
+    both = present.T @ present
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # The sum of sign products is (agreeing - disagreeing).
+        agreement: FloatArray = np.where(both > 0, 0.5 + 0.5 * (signs.T @ signs) / both, np.nan)
+    return agreement
+
+
+def correlation_matrix(log_odds_PK: FloatArray) -> FloatArray:
+    """Pearson correlation over the pairs that both principles judged; NaN below 3 pairs or without spread."""
+    size = log_odds_PK.shape[1]
+    result = np.full((size, size), np.nan)
+    for left in range(size):
+        for right in range(left, size):
+            both = ~np.isnan(log_odds_PK[:, left]) & ~np.isnan(log_odds_PK[:, right])
+            x, y = log_odds_PK[both, left], log_odds_PK[both, right]
+            if len(x) < 3 or x.std() == 0.0 or y.std() == 0.0:
+                continue
+            value = float(np.mean((x - x.mean()) * (y - y.mean())) / (x.std() * y.std()))
+            result[left, right] = result[right, left] = value
+    return result
+
+
+def wilson_interval(successes: int, num: int) -> Interval:
+    """A share with its 95% Wilson score interval; all NaN for num = 0."""
+    if num == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    share = successes / num
+    z2 = Z_95**2
+    centre = (share + z2 / (2 * num)) / (1 + z2 / num)
+    half = Z_95 / (1 + z2 / num) * math.sqrt(share * (1 - share) / num + z2 / (4 * num**2))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), num)
+
+
+def human_agreement(judgements: Sequence[Judgement], labels: Mapping[str, float]) -> Interval:
+    """Share of decided judgements whose sign is that of the human label, over the pairs that a person decided."""
+    agreeing = num = 0
+    for entry in judgements:
+        label = labels.get(entry.pair_id, math.nan)
+        if entry.status != "ok" or math.isnan(label) or label == 0.5:
+            continue
+        num += 1
+        agreeing += (entry.log_odds > 0.0) == (label > 0.5)
+    return wilson_interval(agreeing, num)
+
+
+def summarise(
+    pairs: Sequence[ResponsePair],
+    judgements: Sequence[Judgement],
+    outcomes: Sequence[BatchOutcome],
+    fitted_bias: Mapping[str, float],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """`summary.json` of the stage (docs/artifacts.md). `names` are the K principles."""
+    labels = {pair.pair_id: pair.human_label for pair in pairs}
+    grouped: dict[str, list[Judgement]] = {name: [] for name in (*names, GENERAL, RANDOM)}
+    for entry in judgements:
+        grouped[entry.principle].append(entry)
+    counts = {
+        status: sum(entry.status == status for entry in judgements)
+        for status in ("ok", "tie", "unusable", "failed")
+    }
+    models = sorted({model for outcome in outcomes for model in outcome.models if model})
+    return {
+        "judge": ", ".join(models),
+        "num_questions": sum(len(outcome.log_odds_N) for outcome in outcomes),
+        "num_judgements": len(judgements),
+        "num_usable": counts["ok"] + counts["tie"],
+        "num_ties": counts["tie"],
+        "num_unusable": counts["unusable"],
+        "num_failed": counts["failed"],
+        "tokens": sum(outcome.prompt_tokens + outcome.completion_tokens for outcome in outcomes),
+        "cost_usd": math.fsum(outcome.cost_usd for outcome in outcomes),
+        "by_principle": {
+            name: _of_principle(entries, labels, fitted_bias.get(name))
+            for name, entries in grouped.items()
+        },
+    }
+
+
+def _of_principle(
+    entries: Sequence[Judgement], labels: Mapping[str, float], fitted_bias: float | None
+) -> dict[str, float | int]:
+    human = human_agreement(entries, labels)
+    biases = [entry.position_bias for entry in entries if not math.isnan(entry.position_bias)]
+    measured = math.fsum(biases) / len(biases) if biases else math.nan
+    return {
+        "usable": sum(entry.status in ("ok", "tie") for entry in entries),
+        "ties": sum(entry.status == "tie" for entry in entries),
+        "unusable": sum(entry.status == "unusable" for entry in entries),
+        "failed": sum(entry.status == "failed" for entry in entries),
+        "mean_position_bias": measured if fitted_bias is None else fitted_bias,
+        "human_agreement": human.value,
+        "human_agreement_low": human.low,
+        "human_agreement_high": human.high,
+        "num_human": human.num,
+    }
+
+
+def matrix_rows(matrix_KK: FloatArray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A K x K matrix as CSV rows `principle, <K columns>`; NaN as an empty cell."""
+    return [
+        {"principle": name}
+        | {
+            other: "" if math.isnan(value) else float(value)
+            for other, value in zip(names, row, strict=True)
+        }
+        for name, row in zip(names, matrix_KK, strict=True)
+    ]

@@ -1,0 +1,252 @@
+"""The durable ledger: every answer of the judge, keyed by content, so nothing is paid twice.
+
+    Ledger(path) -> lookup(keys) -> append(rows, failures)
+
+SQLite in WAL mode with one writer. A file lock beside it refuses a second writer in one line; the lock ends with the
+process that holds it, so a crash leaves nothing to clean up. Appending the same key twice keeps the first answer.
+Questions that failed are listed apart and never count as answered: the next run asks them again.
+The log-probabilities are kept as they came, so answers can be read anew under other thresholds without paying.
+The path must be on a local disk of the machine that opens it (SQLite's WAL does not work over network file systems).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from morlaif_ray.errors import FeedbackError
+
+SCHEMA_VERSION = 1
+LOOKUP_CHUNK = 1000
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS recipes (
+    id INTEGER PRIMARY KEY, recipe TEXT UNIQUE NOT NULL, judge TEXT NOT NULL, template TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (
+    key BLOB PRIMARY KEY, pair_id TEXT NOT NULL, principle TEXT NOT NULL, slot TEXT NOT NULL,
+    log_odds REAL, mass REAL NOT NULL, reason TEXT NOT NULL, logprobs TEXT NOT NULL, model TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL,
+    latency_s REAL NOT NULL, attempts INTEGER NOT NULL, recipe INTEGER NOT NULL, created_s REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS failures (
+    key BLOB PRIMARY KEY, pair_id TEXT NOT NULL, principle TEXT NOT NULL, slot TEXT NOT NULL,
+    error TEXT NOT NULL, attempts INTEGER NOT NULL, created_s REAL NOT NULL
+) WITHOUT ROWID;
+"""
+
+
+class LedgerRow(NamedTuple):
+    """One answer. Produced by the answering loop, stored as it stands."""
+
+    key: bytes
+    pair_id: str
+    principle: str
+    slot: str
+    log_odds: float
+    """NaN (NULL on disk) when the answer is unreadable."""
+    mass: float
+    reason: str
+    logprobs: str
+    """JSON object token -> log-probability."""
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float
+    latency_s: float
+    attempts: int
+
+
+class FailureRow(NamedTuple):
+    """One question that got no answer."""
+
+    key: bytes
+    pair_id: str
+    principle: str
+    slot: str
+    error: str
+    attempts: int
+
+
+class StoredAnswer(NamedTuple):
+    """What a run needs of a recorded answer."""
+
+    log_odds: float
+    mass: float
+    reason: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float
+
+
+class Ledger:
+    """Open it in one process; FeedbackError where another holds it, or it is damaged or from a newer version."""
+
+    def __init__(self, path: Path, *, lock_wait_s: float = 10.0) -> None:
+        self.path = path
+        with _explain(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(path, lock_wait_s)
+            try:
+                self._db = _connect(path)
+            except BaseException:
+                os.close(self._lock)
+                raise
+        self._recipes: dict[str, int] = dict(self._db.execute("SELECT recipe, id FROM recipes"))
+        self._spent_usd: float = self._db.execute("SELECT total(cost_usd) FROM answers").fetchone()[
+            0
+        ]
+
+    def close(self) -> None:
+        """Folds the write-ahead log into the file and lets the next run in."""
+        with _explain(self.path):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.close()
+        os.close(self._lock)
+
+    def register(self, recipe: str, judge: str, template: str) -> None:
+        """Notes which judge and template a recipe hash stands for; needed before appending under it."""
+        with _explain(self.path), self._db:
+            self._db.execute(
+                "INSERT OR IGNORE INTO recipes (recipe, judge, template) VALUES (?, ?, ?)",
+                (recipe, judge, template),
+            )
+        self._recipes = dict(self._db.execute("SELECT recipe, id FROM recipes"))
+
+    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, StoredAnswer]:
+        """The recorded answers among `keys`; absent keys are simply not in the result."""
+        found: dict[bytes, StoredAnswer] = {}
+        nan = float("nan")
+        with _explain(self.path):
+            for start in range(0, len(keys), LOOKUP_CHUNK):
+                chunk = keys[start : start + LOOKUP_CHUNK]
+                marks = ",".join("?" * len(chunk))
+                cursor = self._db.execute(
+                    "SELECT key, log_odds, mass, reason, model, prompt_tokens, completion_tokens, cost_usd "
+                    f"FROM answers WHERE key IN ({marks})",
+                    chunk,
+                )
+                for key, log_odds, *rest in cursor:
+                    found[key] = StoredAnswer(nan if log_odds is None else log_odds, *rest)
+        return found
+
+    def append(
+        self, recipe: str, rows: Sequence[LedgerRow], failures: Sequence[FailureRow] = ()
+    ) -> None:
+        """Commits all of it or nothing. Repeating a call changes nothing (a re-sent batch is harmless)."""
+        recipe_id = self._recipes[recipe]
+        now = time.time()
+        with _explain(self.path), self._db:
+            paid = self._new_cost(rows)
+            self._db.executemany(
+                f"INSERT OR IGNORE INTO answers VALUES ({','.join('?' * 14)},{recipe_id},{now!r})",
+                rows,
+            )
+            self._db.executemany(
+                f"INSERT OR REPLACE INTO failures VALUES ({','.join('?' * 6)},{now!r})", failures
+            )
+            if rows and self._has_failures():
+                self._db.executemany(
+                    "DELETE FROM failures WHERE key = ?", [(row.key,) for row in rows]
+                )
+        self._spent_usd += paid
+
+    @property
+    def spent_usd(self) -> float:
+        """Everything that this ledger has ever recorded, over all runs that shared it."""
+        return self._spent_usd
+
+    def num_answers(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def failures(self) -> list[tuple[str, int]]:
+        """(error, how often) of the questions without an answer, most frequent first."""
+        cursor = self._db.execute(
+            "SELECT error, count(*) FROM failures GROUP BY error ORDER BY 2 DESC, 1"
+        )
+        return [(str(error), int(count)) for error, count in cursor]
+
+    def _has_failures(self) -> bool:
+        return self._db.execute("SELECT 1 FROM failures LIMIT 1").fetchone() is not None
+
+    def _new_cost(self, rows: Sequence[LedgerRow]) -> float:
+        """Cost of the rows that are not recorded yet; free judges skip the look-up."""
+        paid = [row for row in rows if row.cost_usd]
+        if not paid:
+            return 0.0
+        known = self.lookup([row.key for row in paid])
+        return sum(row.cost_usd for row in paid if row.key not in known)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # The writer actor's methods may run on another thread than its constructor; calls never overlap.
+    db = sqlite3.connect(path, check_same_thread=False, timeout=30.0)
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise FeedbackError(
+                f"{path}: ledger of a newer version ({version}, this program knows {SCHEMA_VERSION}); "
+                f"update morlaif-ray or choose another feedback.ledger_path"
+            )
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(
+            "PRAGMA synchronous=FULL"
+        )  # a commit survives a power cut: the rows have been paid for
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _take_lock(path: Path, wait_s: float) -> int:
+    """Descriptor of the locked file. Waits a little: a killed run's actors need a moment to go away."""
+    descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "unknown"
+                os.close(descriptor)
+                raise FeedbackError(
+                    f"{path}: in use by another run ({holder}); wait for it to end, or give this run its own "
+                    f"feedback.ledger_path"
+                ) from None
+            time.sleep(min(0.2, max(0.01, wait_s / 20.0)))
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return descriptor
+
+
+@contextmanager
+def _explain(path: Path) -> Iterator[None]:
+    """SQLite's and the system's errors as one line that says what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        text = str(error)
+        advice = (
+            "free some space and run the same command again"
+            if "full" in text
+            else "check the path and its rights"
+        )
+        raise FeedbackError(f"{path}: ledger cannot be used ({text}); {advice}") from error
+    except sqlite3.DatabaseError as error:
+        raise FeedbackError(
+            f"{path}: not a readable ledger ({error}); move it away or choose another feedback.ledger_path"
+        ) from error
+    except OSError as error:
+        raise FeedbackError(
+            f"{path}: ledger cannot be used ({error.strerror}); choose another feedback.ledger_path"
+        ) from error

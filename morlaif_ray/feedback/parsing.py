@@ -1,0 +1,66 @@
+"""From the first token's log-probabilities to log-odds of A over B.
+
+A judge spreads its answer over spellings ("A", " A", "(A", "a"); their probabilities are summed. Nothing is guessed: an
+answer that does not name both letters has no log-odds, only a reason (ALGORITHMS.md section 1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from morlaif_ray.feedback.client import RawAnswer
+
+NAN = float("nan")
+ABSENT_LOGPROB = -1000.0
+"""Some providers write -9999 for a token that was not among the top ones; that is absence, not a probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedAnswer:
+    """One answer as numbers. Produced here, stored in the ledger, consumed by `combining`."""
+
+    log_odds: float
+    """logP(A) - logP(B) in nats: for the response shown first. NaN when a letter is missing."""
+    mass: float
+    """Probability of all spellings of A and B together, in [0, 1]; 0 when neither was there."""
+    reason: str
+    """Why there are no log-odds; empty when there are."""
+
+
+@lru_cache(maxsize=4096)
+def letter_of(token: str) -> str:
+    """ "A" or "B" for any spelling of the bare letter, "" for every other token."""
+    bare = (
+        token.replace("\u2581", " ")
+        .replace("\u0120", " ")
+        .strip(" \t\r\n()[]{}<>\"'`*_.:,;-")
+        .upper()
+    )
+    return bare if bare in ("A", "B") else ""
+
+
+def parse_answer(answer: RawAnswer) -> ParsedAnswer:
+    """Sums the spellings of each letter by log-sum-exp. Never raises: what cannot be read carries a reason."""
+    if answer.refusal:
+        return ParsedAnswer(NAN, 0.0, "the judge refused")
+    if not answer.top_logprobs:
+        return ParsedAnswer(NAN, 0.0, "no log-probabilities in the answer")
+    sum_a = sum_b = 0.0
+    for token, logprob in answer.top_logprobs.items():
+        letter = letter_of(token)
+        if not letter or not logprob > ABSENT_LOGPROB:  # "not >" drops NaN too
+            continue
+        # Sums of exp are safe here: log-probabilities are <= 0, and below -745 exp() is a true 0 probability.
+        if letter == "A":
+            sum_a += math.exp(logprob)
+        else:
+            sum_b += math.exp(logprob)
+    mass = min(1.0, sum_a + sum_b)
+    if sum_a > 0.0 and sum_b > 0.0:
+        return ParsedAnswer(math.log(sum_a) - math.log(sum_b), mass, "")
+    if mass == 0.0:
+        return ParsedAnswer(NAN, 0.0, "neither A nor B among the top tokens")
+    missing = "A" if sum_a == 0.0 else "B"
+    return ParsedAnswer(NAN, mass, f"{missing} is not among the top tokens")

@@ -1,0 +1,187 @@
+"""Sampling responses. `GenerationEngine` is the protocol; `TransformersEngine` runs anywhere.
+
+Every request carries its own seed and draws one uniform number per token (inverse-CDF sampling), so a response does not
+depend on the batch it was generated in, on the worker, or on how often a lost batch was repeated.
+Legend: B requests, P prompt tokens, T response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from morlaif_ray.backbone import encode_prompt, load_causal_lm, load_tokenizer, with_leading_space
+from morlaif_ray.seeding import derive_seed
+from morlaif_ray.types import GenerationRequest, RolloutBatch
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    stop: tuple[str, ...] = ()
+    max_prompt_tokens: int = 1_000_000
+    """Longer prompts keep their end."""
+
+
+class GenerationEngine(Protocol):
+    """What the rollout actor needs of an engine."""
+
+    policy_version: int
+
+    def generate(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> RolloutBatch: ...
+
+    def load_weights(self, weights: Mapping[str, np.ndarray[Any, Any]], version: int) -> None: ...
+
+
+class TransformersEngine:
+    """Batched sampling with a key-value cache; finished rows leave the batch."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.policy_version = 0
+
+    @classmethod
+    def from_path(cls, path: str | Path, *, dtype: str = "float32") -> TransformersEngine:
+        return cls(load_causal_lm(str(path), dtype=dtype), load_tokenizer(str(path)))
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, np.ndarray[Any, Any]], version: int) -> None:
+        """Copies named weights in place (a view of shared memory is never kept) and adopts their version."""
+        parameters = dict(self.model.named_parameters())
+        unknown = sorted(set(weights) - set(parameters))
+        if unknown:
+            raise KeyError(f"weight '{unknown[0]}' is not a parameter of the rollout model")
+        for name, array in weights.items():
+            # A writable copy first: torch must not alias Ray's read-only shared memory.
+            parameters[name].copy_(torch.from_numpy(np.array(array)))
+        self.policy_version = version
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> RolloutBatch:
+        """Samples one response per request; order kept."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+        prompt_limit = min(settings.max_prompt_tokens, limit - settings.max_new_tokens)
+        prompts = [encode_prompt(self.tokenizer, request.prompt, prompt_limit) for request in requests]
+        uniforms = np.stack(
+            [
+                np.random.default_rng(derive_seed("sample", request.seed)).random(settings.max_new_tokens)
+                for request in requests
+            ]
+        )
+        tokens, logprobs = self._sample(prompts, torch.from_numpy(uniforms), settings)
+        return self._assemble(requests, prompts, tokens, logprobs, settings)
+
+    def _sample(
+        self, prompts: list[list[int]], uniforms_BT: Tensor, settings: SamplingSettings
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        device = next(self.model.parameters()).device
+        longest = max(len(prompt) for prompt in prompts)
+        pad = self.tokenizer.pad_token_id
+        # Left padding: all rows then share their next position in the cache.
+        input_ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        uniforms_BT = uniforms_BT.to(device)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        alive = torch.arange(len(prompts), device=device)
+        cache: Any = None
+        for t in range(settings.max_new_tokens):
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            chosen, chosen_logprobs = _choose(
+                output.logits[:, -1].float(), uniforms_BT[alive, t], settings.temperature
+            )
+            rows = alive.tolist()
+            for row, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
+                if not ended[row]:
+                    tokens[row].append(token)
+                    logprobs[row].append(logprob)
+                    ended[row] = self._is_end(tokens[row], settings)
+            keep = [place for place, row in enumerate(rows) if not ended[row]]
+            if not keep:
+                break
+            input_ids, positions = chosen.unsqueeze(1), positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(chosen).unsqueeze(1)], dim=1)
+            if len(keep) <= len(rows) * 3 // 4:  # compaction copies the cache: worth it for many rows at once
+                index = torch.tensor(keep, device=device)
+                cache.batch_select_indices(index)
+                alive, input_ids, positions, mask = alive[index], input_ids[index], positions[index], mask[index]
+        return tokens, logprobs
+
+    def _is_end(self, row: list[int], settings: SamplingSettings) -> bool:
+        """True once the last token is EOS or completes a stop string."""
+        if row[-1] == self.tokenizer.eos_token_id:
+            return True
+        if not settings.stop:
+            return False
+        text = self.tokenizer.decode(row[-16:], skip_special_tokens=True)
+        return any(stop.strip() in text for stop in settings.stop)
+
+    def _assemble(
+        self,
+        requests: Sequence[GenerationRequest],
+        prompts: list[list[int]],
+        tokens: list[list[int]],
+        logprobs: list[list[float]],
+        settings: SamplingSettings,
+    ) -> RolloutBatch:
+        num = len(requests)
+        prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)
+        lengths = np.array([len(row) for row in tokens], dtype=np.int64)
+        sequence = np.full((num, int((prompt_lengths + lengths).max())), self.tokenizer.pad_token_id, np.int64)
+        logprobs_BT = np.zeros((num, int(lengths.max())), dtype=np.float32)
+        responses, truncated = [], np.zeros(num, dtype=np.bool_)
+        for row in range(num):
+            ids = prompts[row] + tokens[row]
+            sequence[row, : len(ids)] = ids
+            logprobs_BT[row, : len(tokens[row])] = logprobs[row]
+            text = self.tokenizer.decode(tokens[row], skip_special_tokens=True)
+            stopped = [text.index(stop.strip()) for stop in settings.stop if stop.strip() in text]
+            if stopped:
+                text = text[: min(stopped)].rstrip()
+            truncated[row] = not stopped and tokens[row][-1] != self.tokenizer.eos_token_id
+            responses.append(with_leading_space(text))
+        return RolloutBatch(
+            prompts=tuple(request.prompt for request in requests),
+            responses=tuple(responses),
+            tokens_BL=sequence,
+            prompt_lengths_B=prompt_lengths,
+            response_lengths_B=lengths,
+            logprobs_BT=logprobs_BT,
+            truncated_B=truncated,
+            policy_version=self.policy_version,
+        )
+
+
+def _choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's uniform number."""
+    if temperature == 0.0:
+        chosen = logits_BV.argmax(dim=-1)
+        logprobs = torch.log_softmax(logits_BV, dim=-1)
+    else:
+        logprobs = torch.log_softmax(logits_BV / temperature, dim=-1)
+        cumulative = logprobs.double().exp().cumsum(dim=-1)
+        threshold = uniform_B.double().unsqueeze(1) * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+        chosen = chosen.clamp(max=logits_BV.shape[1] - 1)
+    return chosen, logprobs.gather(1, chosen.unsqueeze(1)).squeeze(1)

@@ -1,0 +1,110 @@
+"""Supervised fine-tuning of the target model with TRL's `SFTTrainer`, loss on response tokens only.
+
+Runs inside a Ray Train worker or a plain process: the caller passes callbacks and a checkpoint to resume from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from morlaif_ray.backbone import build_scratch_model, dialogue_text, encode_prompt, load_causal_lm
+from morlaif_ray.config.inputs import LoraConfig, ModelConfig, ScratchModel, SftConfig
+from morlaif_ray.types import Dialogue
+
+IGNORED = -100
+"""Label of tokens that carry no loss."""
+
+
+def encode_dialogue(tokenizer: Any, dialogue: Dialogue, max_length: int) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of one dialogue: prompt tokens ignored, EOS learned. The oldest prompt tokens go first."""
+    whole = tokenizer(dialogue_text(dialogue.prompt, dialogue.response), add_special_tokens=True)["input_ids"]
+    prompt = encode_prompt(tokenizer, dialogue.prompt, 1 << 30)
+    response = [*whole[len(prompt) :], tokenizer.eos_token_id][: max_length - 1]
+    prompt = prompt[-(max_length - len(response)) :]
+    return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}
+
+
+def build_sft_trainer(
+    config: SftConfig,
+    model_config: ModelConfig,
+    tokenizer: Any,
+    dialogues: Sequence[Dialogue],
+    heldout: Sequence[Dialogue],
+    *,
+    output_dir: Path,
+    seed: int,
+    num_workers: int,
+    callbacks: list[Any],
+) -> Any:
+    """An `SFTTrainer` ready to train; `num_workers` data-parallel ranks share `config.batch_size`."""
+    import datasets
+    import torch
+    from trl import SFTConfig as TrlConfig
+    from trl import SFTTrainer
+
+    if isinstance(model_config, ScratchModel):
+        model = build_scratch_model(model_config, tokenizer, seed)
+    else:
+        model = load_causal_lm(
+            model_config.path, dtype=model_config.dtype, revision=model_config.revision
+        )
+    on_gpu = torch.cuda.is_available()
+    arguments = TrlConfig(
+        output_dir=str(output_dir),
+        max_steps=config.num_steps,
+        per_device_train_batch_size=config.batch_size // num_workers,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(config.warmup_steps, max(1, config.num_steps // 4)),
+        optim="adamw_torch",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=on_gpu,
+        max_length=model_config.max_length,
+        logging_steps=max(1, config.num_steps // 100),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=2,
+        report_to=[],
+        seed=seed % (1 << 31),
+        data_seed=seed % (1 << 31),
+        dataloader_num_workers=0,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="group_by_length",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+    def encoded(items: Sequence[Dialogue]) -> Any:
+        return datasets.Dataset.from_list(
+            [encode_dialogue(tokenizer, item, model_config.max_length) for item in items]
+        )
+
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded(dialogues),
+        eval_dataset=encoded(heldout) if heldout else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=_peft(config.lora),
+    )
+
+
+def _peft(lora: LoraConfig | None) -> Any:
+    if lora is None:
+        return None
+    from peft import LoraConfig as PeftLora
+    from peft import TaskType
+
+    return PeftLora(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
