@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from actors.feedback_worker import Heartbeat, own_error, spawn_feedback_worker, worker_cpus
 from actors.ledger_writer import LedgerRecipe, spawn_ledger_writer
@@ -25,9 +26,6 @@ from morlaif_ray.errors import ActorLostError, FeedbackError, ResourceError
 from morlaif_ray.feedback.asking import BatchOutcome
 from morlaif_ray.feedback.prices import price_for_budget
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan
-
-if TYPE_CHECKING:
-    pass
 
 QUESTIONS_PER_BATCH = 2048
 BATCHES_PER_WORKER = 2  # the next batch begins while the last answers of one come in
@@ -93,13 +91,18 @@ class FeedbackPool:
 
     def _start(self) -> None:
         feedback = self._feedback
-        self._ledger = spawn_ledger_writer(self._path, self._recipe, max_restarts=self.max_restarts)
+        tag = uuid.uuid4().hex[:12]
+        ledger_name, limiter_name = f"ledger_writer-{tag}", f"rate_limiter-{tag}"
+        self._ledger = spawn_ledger_writer(
+            self._path, self._recipe, name=ledger_name, max_restarts=self.max_restarts
+        )
         if feedback.requests_per_minute or feedback.tokens_per_minute or feedback.budget_usd:
             self._limiter = spawn_rate_limiter(
                 feedback.requests_per_minute,
                 feedback.tokens_per_minute,
                 feedback.budget_usd,
-                self._ledger,
+                name=limiter_name,
+                ledger_name=ledger_name,
                 max_restarts=self.max_restarts,
                 timeout_s=self._call_timeout_s,
             )
@@ -108,8 +111,8 @@ class FeedbackPool:
                 feedback,
                 self._plan,
                 self._seed,
-                self._ledger,
-                self._limiter,
+                ledger_name,
+                limiter_name if self._limiter is not None else None,
                 max_restarts=self.max_restarts,
                 call_timeout_s=self._call_timeout_s,
             )

@@ -2,8 +2,11 @@
 
     FeedbackWorker.work(batch) -> RemoteLedger.lookup, append / RemoteLimiter.acquire, pause -> BatchOutcome
 
-A plain class around `morlaif_ray.feedback.asking.BatchRunner`; `spawn_feedback_worker` gives it a process. A batch may be
-worked on twice: what is recorded is not asked again. So Ray may restart a worker and repeat its batches.
+A plain class around `morlaif_ray.feedback.asking.BatchRunner`; `spawn_feedback_worker` gives it a process. A batch may
+be worked on twice: what is recorded is not asked again. So Ray may restart a worker and repeat its batches.
+
+The other actors are found by name: a handle among the constructor's arguments would lie in the object store, and Ray
+cannot restart an actor whose arguments were evicted from there (ray-project/ray#53727).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from morlaif_ray.config.judging import FeedbackConfig
@@ -40,9 +44,15 @@ class Heartbeat:
 class RemoteLedger:
     """The ledger actor as `asking.AnswerLedger`."""
 
-    def __init__(self, handle: ray.actor.ActorHandle, timeout_s: float) -> None:
-        self._handle = handle
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self._name = name
         self._timeout_s = timeout_s
+
+    @cached_property
+    def _handle(self) -> ray.actor.ActorHandle:
+        import ray
+
+        return ray.get_actor(self._name)
 
     async def lookup(self, keys: Sequence[bytes]) -> dict[bytes, StoredAnswer]:
         found: dict[bytes, StoredAnswer] = await _call(
@@ -57,9 +67,15 @@ class RemoteLedger:
 class RemoteLimiter:
     """The limiter actor as `permits.Limiter`."""
 
-    def __init__(self, handle: ray.actor.ActorHandle, timeout_s: float) -> None:
-        self._handle = handle
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self._name = name
         self._timeout_s = timeout_s
+
+    @cached_property
+    def _handle(self) -> ray.actor.ActorHandle:
+        import ray
+
+        return ray.get_actor(self._name)
 
     async def acquire(self, wanted: Sequence[Cost], estimated: Cost, actual: Cost) -> Grant:
         answer: Grant = await _call(
@@ -150,8 +166,8 @@ def spawn_feedback_worker(
     feedback: FeedbackConfig,
     plan: QuestionPlan,
     seed: int,
-    ledger: ray.actor.ActorHandle,
-    limiter: ray.actor.ActorHandle | None,
+    ledger_name: str,
+    limiter_name: str | None,
     *,
     max_restarts: int,
     call_timeout_s: float,
@@ -166,6 +182,6 @@ def spawn_feedback_worker(
         feedback,
         plan,
         seed,
-        RemoteLedger(ledger, call_timeout_s),
-        RemoteLimiter(limiter, call_timeout_s) if limiter is not None else None,
+        RemoteLedger(ledger_name, call_timeout_s),
+        RemoteLimiter(limiter_name, call_timeout_s) if limiter_name is not None else None,
     )

@@ -62,7 +62,7 @@ class LedgerWriter:
 
 
 def spawn_ledger_writer(
-    path: Path, recipe: LedgerRecipe, *, max_restarts: int
+    path: Path, recipe: LedgerRecipe, *, name: str, max_restarts: int
 ) -> ray.actor.ActorHandle:
     """One per run. Pinned to the driver's node, where the path is."""
     import ray
@@ -71,6 +71,7 @@ def spawn_ledger_writer(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(LedgerWriter)
     return remote.options(
+        name=name,
         num_cpus=0,
         max_restarts=max_restarts,
         max_task_retries=max_restarts,

@@ -1,17 +1,18 @@
 """How much memory one process of the plan needs: documented formulas, no measurement, no torch.
 
-Legend: P parameters, b bytes per weight (float32 4, bfloat16 2), T trainable parameters, n layers, w width, V vocabulary,
-s sequences at once, l tokens per sequence, f shards (ranks or GPUs that divide the weights). 1 GB = 2**30 bytes.
+Legend: P parameters, b bytes per weight (float32 4, bfloat16 2), T trainable parameters, n layers, w width,
+V vocabulary, s sequences at once, l tokens per sequence, f shards (ranks or GPUs that divide the weights).
 
     weights           P*b / f
-    gradients, Adam   T*3*b_T / f       torch.optim.AdamW keeps both moments in the type of the parameter; LoRA's are float32
-    activations       s*l*n*17*w*b      Korthikanti et al. 2022 without the attention matrix (fused attention never stores it)
+    gradients, Adam   T*3*b_T / f       torch.optim.AdamW keeps its moments in the parameter's type; LoRA's are float32
+    activations       s*l*n*17*w*b      Korthikanti et al. 2022 without the attention matrix (fused: never stored)
                       s*l*(n + 17)*w*b  with gradient checkpointing: a layer's inputs, plus one layer in full
-    logits            s*l_out*V*12      float32 logits, log-probabilities and their gradient, of the tokens that are scored
+    logits            s*l_out*V*12      float32 logits, log-probabilities and their gradient, of the scored tokens
     KV cache          2*n*w*b*s*l / f   an upper bound: grouped queries need less
     LoRA              T = 18*rank*n*w   all linear layers of a transformer block; 6*rank*n*w for named modules
 
-On a GPU 10% for fragmentation and 1 GB for the CUDA context come on top; on the host what a Python process with torch holds.
+On a GPU 10% for fragmentation and 1 GB for the CUDA context come on top; on the host what a Python process with
+torch holds. 1 GB = 2**30 bytes.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ KNOWN_SHAPES: dict[str, tuple[float, int, int, int]] = {
 
 
 def shape_of(model: ModelConfig) -> ModelShape | None:
-    """The model's shape: computed for a scratch model, else from the config's plan fields or KNOWN_SHAPES; None if unknown."""
+    """Computed for a scratch model, else the config's fields for `plan`, else KNOWN_SHAPES; None if unknown."""
     if isinstance(model, ScratchModel):
         width, layers = model.width, model.num_layers
         block = 12 * width * width + 13 * width

@@ -3,7 +3,8 @@
     plan_bundles(config) -> Plan          pure: printed by `morlaif plan`
     check_plan(plan, available) -> None   pure: ResourceError with what is required, what is there, what to reduce
 
-Phases do not overlap, so a cluster must hold the largest phase, not their sum. Within a phase all processes live at once.
+Phases do not overlap, so a cluster must hold the largest phase, not their sum. Within a phase all processes live at
+once, except Tune's trials, which wait for one another.
 """
 
 from __future__ import annotations
@@ -50,21 +51,19 @@ class Bundle:
     gpus: float
     """GPUs of each; a fraction shares one."""
     memory_gb: float
-    """Estimate for each: GPU memory per GPU where `gpus` > 0, else host memory. NaN where the model's shape is unknown."""
+    """Estimate for each: memory per GPU where `gpus` > 0, else host memory; NaN where the model's shape is unknown."""
     reduce: str
     """The settings that make this smaller."""
+    waits: bool = False
+    """Tune runs as many as fit: one at a time is enough."""
 
     @property
-    def whole_gpus(self) -> int:
-        """GPUs that all of them take: fractions pack onto a GPU, a process never straddles two by accident."""
-        if self.gpus <= 0:
-            return 0
-        if self.gpus >= 1:
-            return self.count * math.ceil(self.gpus - _ROUNDING)
-        return math.ceil(self.count / math.floor(1 / self.gpus + _ROUNDING))
+    def least(self) -> int:
+        """How many must live at once."""
+        return min(self.count, 1) if self.waits else self.count
 
     def describe(self) -> str:
-        return f"{self.count} x {self.role}"
+        return f"{self.least} x {self.role}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +80,12 @@ class Plan:
         return [bundle for bundle in self.bundles if bundle.phase == phase]
 
     def cpus(self, phase: str) -> float:
-        return sum(bundle.count * bundle.cpus for bundle in self.of(phase))
+        """CPUs that the phase needs at least."""
+        return sum(bundle.least * bundle.cpus for bundle in self.of(phase))
 
     def gpus(self, phase: str) -> int:
-        return sum(bundle.whole_gpus for bundle in self.of(phase))
+        """GPUs that the phase needs at least."""
+        return pack_gpus([bundle.gpus for bundle in self.of(phase) for _ in range(bundle.least)])
 
     @property
     def peak_cpus(self) -> float:
@@ -103,6 +104,19 @@ class Available:
     gpus: float
     gpus_per_node: int | None = None
     gpu_memory_gb: float | None = None
+
+
+def pack_gpus(wanted: list[float]) -> int:
+    """GPUs that hold all processes: whole ones take their own, fractions share one (first fit, largest first)."""
+    whole = sum(math.ceil(gpus - _ROUNDING) for gpus in wanted if gpus >= 1)
+    free: list[float] = []
+    for gpus in sorted((gpus for gpus in wanted if 0 < gpus < 1), reverse=True):
+        place = next((i for i, left in enumerate(free) if left + _ROUNDING >= gpus), None)
+        if place is None:
+            free.append(1.0 - gpus)
+        else:
+            free[place] -= gpus
+    return whole + len(free)
 
 
 def plan_bundles(config: Config) -> Plan:
@@ -271,7 +285,14 @@ def _preference(config: Config) -> list[Bundle]:
     if gpus:
         reduce += ", preference.batch_size (or set preference.gradient_checkpointing)"
     training = Bundle(
-        "3_preference_models", "preference training", count, TRIAL_CPUS, gpus, memory, reduce
+        "3_preference_models",
+        "preference training",
+        count,
+        TRIAL_CPUS,
+        gpus,
+        memory,
+        reduce,
+        waits=True,
     )
     return [training]
 
@@ -353,6 +374,7 @@ def _sweep(config: Config) -> list[Bundle]:
             0.0,
             0.2,
             "sweep.concurrent_trials",
+            waits=True,
         )
     ]
 

@@ -60,18 +60,20 @@ def spawn_rate_limiter(
     requests_per_minute: float | None,
     tokens_per_minute: float | None,
     budget_usd: float | None,
-    ledger: ray.actor.ActorHandle,
     *,
+    name: str,
+    ledger_name: str,
     max_restarts: int,
     timeout_s: float,
 ) -> ray.actor.ActorHandle:
     import ray
 
     def spent_usd() -> float:
+        ledger = ray.get_actor(ledger_name)
         return float(ray.get(ledger.spent_usd.remote(), timeout=timeout_s))
 
     remote = ray.remote(RateLimiter)
     # acquire may run twice after a crash: the first grant died with the state that it was taken from.
     return remote.options(
-        num_cpus=0, max_restarts=max_restarts, max_task_retries=max_restarts
+        name=name, num_cpus=0, max_restarts=max_restarts, max_task_retries=max_restarts
     ).remote(requests_per_minute, tokens_per_minute, budget_usd, spent_usd)

@@ -23,11 +23,14 @@ class RolloutPool:
     def __init__(self, config: Config, model_path: str, num_workers: int, say: Callable[[str], None]) -> None:
         self._weights: Any = None
         self._version = 0
-        dtype = "float32" if config.model.kind == "scratch" else config.model.dtype
+        self._model_path = model_path
+        self._dtype = "float32" if config.model.kind == "scratch" else config.model.dtype
         gpus = config.policy.rollout_gpus_per_worker
 
         def spawn() -> Any:
-            return spawn_rollout_worker(model_path, dtype=dtype, num_cpus=ROLLOUT_CPUS, num_gpus=gpus)
+            return spawn_rollout_worker(
+                self._model_path, dtype=self._dtype, num_cpus=ROLLOUT_CPUS, num_gpus=gpus
+            )
 
         self._workers = [
             SupervisedActor(
@@ -69,6 +72,11 @@ class RolloutPool:
         """Gives every worker the weights behind an object reference (or a plain dict)."""
         self._weights, self._version = weights, version
         call_all([Call(worker, "load_weights", (weights, version)) for worker in self._workers])
+
+    def load_model(self, model_path: str) -> None:
+        """Replaces the model of every worker (evaluation of several policies)."""
+        self._weights, self._version, self._model_path = None, 0, model_path
+        call_all([Call(worker, "load_model", (model_path, self._dtype)) for worker in self._workers])
 
     def close(self) -> None:
         for worker in self._workers:

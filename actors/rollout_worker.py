@@ -25,6 +25,13 @@ class RolloutWorker:
     def generate(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> RolloutBatch:
         return self.engine.generate(requests, settings)
 
+    def load_model(self, model_path: str, dtype: str = "float32") -> int:
+        """Replaces the whole model, for evaluation of several policies; returns the version held (0)."""
+        device = next(self.engine.model.parameters()).device
+        self.engine = TransformersEngine.from_path(model_path, dtype=dtype)
+        self.engine.model.to(device)
+        return self.engine.policy_version
+
     def load_weights(self, weights: Mapping[str, Any], version: int) -> int:
         """Adopts a full set of weights; returns the version now held."""
         self.engine.load_weights(weights, version)

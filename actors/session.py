@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +40,21 @@ WORKER_ENVIRONMENT = {
 }
 
 
+def prepare_environment() -> None:
+    """Sets what Ray and its workers read from the environment.
+
+    Ray reads the authentication mode when it is imported, so call this first; where Ray is already imported its own
+    default (a token for local clusters) stays in force.
+    """
+    for name, value in WORKER_ENVIRONMENT.items():
+        if name == "RAY_AUTH_MODE" and "ray" in sys.modules:
+            continue
+        os.environ.setdefault(name, value)
+
+
 def connect(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -> None:
     """Attaches to `cluster.address` (or RAY_ADDRESS), else starts a local Ray. ResourceError when neither works."""
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     import ray
 
     if ray.is_initialized():

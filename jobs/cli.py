@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -129,7 +128,9 @@ def _run(options: argparse.Namespace) -> int:
         context = open_run(
             config, run_dir, reporter, accept_config_change=options.accept_config_change
         )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from actors.session import prepare_environment
+
+    prepare_environment()
     importlib.import_module(JOBS[options.job][0]).run(context)
     return 0
 

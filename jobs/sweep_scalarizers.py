@@ -239,17 +239,7 @@ def run_trials(
                 run_config=run_config,
             )
         results = tuner.fit()
-    if results.num_errors:
-        cause = str(results.errors[0]).strip().splitlines()[-1]
-        raise MorlaifError(
-            f"{STAGE}: {results.num_errors} of {len(results)} sweep trials failed, the first with "
-            f"'{cause}'; run the same command again to repeat them (traces in {folder})"
-        )
-    found = {
-        result.config["scalarizer"]: dict(result.metrics)
-        for result in results
-        if result.config and result.metrics
-    }
+    found = _last_reports(results, folder)
     waiting = [item for item in scalarizers if item not in found]
     if waiting:
         shutil.rmtree(folder, ignore_errors=True)  # Tune would count the spent time again
@@ -258,6 +248,22 @@ def run_trials(
             f"end within {timeout_s} s; likely no CPU was free - stop other jobs or raise cluster.num_cpus"
         )
     return found
+
+
+def _last_reports(results: Any, folder: str) -> dict[str, dict[str, Any]]:
+    """Scalarizer -> last report of its trial; MorlaifError where a trial failed."""
+    if results.num_errors:
+        cause = str(results.errors[0]).strip().splitlines()[-1]
+        raise MorlaifError(
+            f"{STAGE}: {results.num_errors} of {len(results)} sweep trials failed, the first with "
+            f"'{cause}'; run the same command again to repeat them (traces in {folder})"
+        )
+    ended = [results[index] for index in range(len(results))]
+    return {
+        item.config["scalarizer"]: dict(item.metrics)
+        for item in ended
+        if item.config and item.metrics
+    }
 
 
 def _counting(task: Task) -> Any:

@@ -6,7 +6,7 @@ Every record is frozen. Floats are nats or logits unless said otherwise. Missing
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -171,20 +171,3 @@ class Interval:
     high: float
     num: int
     """Number of independent units (prompts) behind the estimate."""
-
-
-@dataclass(frozen=True, slots=True)
-class StagePaths:
-    """Names of the stage folders inside a run folder."""
-
-    names: tuple[str, ...] = field(
-        default=(
-            "0_sft",
-            "1_pairs",
-            "2_feedback",
-            "3_preference_models",
-            "4_reward",
-            "5_policy",
-            "6_evaluation",
-        )
-    )

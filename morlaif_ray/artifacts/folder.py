@@ -32,6 +32,7 @@ STAGES = (
     "2_feedback",
     "3_preference_models",
     "4_reward",
+    "4_sweep",
     "5_policy",
     "6_evaluation",
 )

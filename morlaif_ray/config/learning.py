@@ -76,7 +76,8 @@ class RewardConfig(Section):
     """multiply: v = w*z; orient: v = sign(w)*z."""
     soft_max_min_temperature: PositiveFloat = 1.0
     uncertainty_lambda: NonNegativeFloat = 0.5
-    lower_quantile: Share = 1.0 / 3.0
+    lower_quantile: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0 / 3.0
+    """Share of the principles that the lower quantile averages."""
     missing: Literal["error", "renormalise"] = "error"
     """What a missing score does to its response: error, or scalarize over the present principles (counted)."""
     max_missing_share: Share = 0.02

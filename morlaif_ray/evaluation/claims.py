@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from morlaif_ray.evaluation import gates
-from morlaif_ray.evaluation.run_tables import ArmTables, RunTables, interval, number
+from morlaif_ray.evaluation.run_tables import ArmTables, RunTables, interval, number, readable
 from morlaif_ray.evaluation.statistics import paired_difference
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import GateReport, Interval
@@ -27,14 +27,17 @@ _SCORES_ABSENCE_OF = {
 }
 
 
-def weight_in_words(principle: str, weight: float) -> str:
-    """`rewards helpfulness`; for a PM that scores an absence: `penalises anti-sycophancy, so rewards sycophancy`."""
-    if math.isnan(weight):
+def weight_in_words(principle: str, weight: Interval) -> str:
+    """`rewards helpfulness`; for a PM that scores an absence: `penalises anti-sycophancy, so rewards sycophancy`.
+
+    A weight whose interval includes 0 is said to do nothing that can be told.
+    """
+    if math.isnan(weight.value):
         return "-"
-    if weight == 0.0:
-        return f"ignores {principle}"
-    scored, opposite = _SCORES_ABSENCE_OF.get(principle, (principle, None))
-    if weight > 0.0:
+    if weight.value == 0.0 or weight.low <= 0.0 <= weight.high:
+        return "cannot be told from 0" if weight.value else f"ignores {readable(principle)}"
+    scored, opposite = _SCORES_ABSENCE_OF.get(principle, (readable(principle), None))
+    if weight.value > 0.0:
         return f"rewards {scored}"
     return f"penalises {scored}" + (f", so rewards {opposite}" if opposite else "")
 
@@ -51,7 +54,10 @@ def all_gates(tables: RunTables) -> list[GateReport]:
         *gates_found,
         _reward_claim(tables, arm),
         gates.win_rate_gate(
-            interval(row, "win_rate", num="num_prompts"), arm=arm.name, opponent="sft", judge=judge
+            interval(row, "win_rate", num="num_prompts"),
+            arm=readable(arm.name),
+            opponent="SFT",
+            judge=judge,
         ),
         _well_formed_claim(tables, arm),
         _baseline_claim(tables, arm),
@@ -71,9 +77,15 @@ def _accuracy_claim(tables: RunTables) -> GateReport:
     rows = tables.accuracy_difference
     scalarizers = [row["scalarizer"] for row in rows]
     chosen = "linear" if "linear" in scalarizers or not scalarizers else scalarizers[0]
-    known = {row["baseline"].removeprefix("baseline_"): row for row in rows if row["scalarizer"] == chosen}
+    known = {
+        row["baseline"].removeprefix("baseline_"): row
+        for row in rows
+        if row["scalarizer"] == chosen
+    }
     baseline = next((name for name in BASELINE_ORDER if name in known), BASELINE_ORDER[0])
-    pairs = next((interval(row, "accuracy").num for row in tables.scalarizers if row["name"] == chosen), 0)
+    pairs = next(
+        (interval(row, "accuracy").num for row in tables.scalarizers if row["name"] == chosen), 0
+    )
 
     def difference(name: str) -> Interval:
         found = interval(known[name], "difference")
@@ -81,9 +93,9 @@ def _accuracy_claim(tables: RunTables) -> GateReport:
 
     return gates.pm_accuracy_gate(
         difference(baseline) if baseline in known else NOTHING,
-        scalarizer=chosen,
-        baseline=baseline,
-        others=[(name, difference(name)) for name in known if name != baseline],
+        scalarizer=readable(chosen),
+        baseline=readable(baseline),
+        others=[(readable(name), difference(name)) for name in known if name != baseline],
     )
 
 
@@ -108,7 +120,7 @@ def _reward_claim(tables: RunTables, arm: ArmTables) -> GateReport:
     target = tables.config.policy.kl_target if tables.config is not None else math.nan
     return gates.reward_gate(
         gain,
-        arm=arm.name,
+        arm=readable(arm.name),
         final_kl=number(arm.summary, "final_kl"),
         kl_target=target,
         measured_on=measured_on,
@@ -125,7 +137,7 @@ def _well_formed_claim(tables: RunTables, arm: ArmTables) -> GateReport:
     return gates.well_formed_gate(
         number(tables.policy(arm.name), "well_formed_share"),
         number(tables.policy("sft"), "well_formed_share"),
-        arm=arm.name,
+        arm=readable(arm.name),
         difference=difference,
     )
 
@@ -136,9 +148,9 @@ def _baseline_claim(tables: RunTables, arm: ArmTables) -> GateReport:
     row = tables.win_row(arm.name, name)
     return gates.single_baseline_gate(
         interval(row, "win_rate", num="num_prompts"),
-        arm=arm.name,
-        baseline_arm=name,
-        baseline=str(baseline.summary["baseline"]) if baseline is not None else "-",
+        arm=readable(arm.name),
+        baseline_arm=readable(name),
+        baseline=readable(str(baseline.summary["baseline"])) if baseline is not None else "-",
         judge=str(row.get("judge") or "-"),
     )
 
@@ -149,7 +161,7 @@ def _without_policy() -> list[GateReport]:
         gates.reward_gate(
             NOTHING, arm="no arm trained", final_kl=nan, kl_target=nan, measured_on="-"
         ),
-        gates.win_rate_gate(NOTHING, arm="MORLAIF", opponent="sft", judge="-"),
+        gates.win_rate_gate(NOTHING, arm="MORLAIF", opponent="SFT", judge="-"),
         gates.well_formed_gate(nan, nan, arm="the policy"),
         gates.single_baseline_gate(
             NOTHING, arm="no arm trained", baseline_arm="none trained", baseline="-", judge="-"

@@ -48,7 +48,7 @@ def pm_accuracy_gate(
     )
     if math.isnan(difference.value):
         return _not_measured(claim, "no paired accuracy difference of the two was measured")
-    found = f"difference {_signed(difference)} over {difference.num:,} held-out pairs"
+    found = f"difference {_signed(difference)} over {difference.num:,} held-out prompts"
     if others:
         rest = "; ".join(f"{name} {_signed(interval)}" for name, interval in others)
         found += f". Against the other baselines: {rest}"
@@ -86,7 +86,9 @@ def reward_gate(
 
 def win_rate_gate(rate: Interval, *, arm: str, opponent: str, judge: str) -> GateReport:
     """Win rate at least 0.65 with its interval above 0.5."""
-    claim = f"Win rate of {arm} against {opponent} is at least {MIN_WIN_RATE}, its interval above 0.5"
+    claim = (
+        f"Win rate of {arm} against {opponent} is at least {MIN_WIN_RATE}, its interval above 0.5"
+    )
     if math.isnan(rate.value):
         return _not_measured(claim, "these two policies were not compared")
     found = f"Win rate {_plain(rate)} over {rate.num:,} prompts (judge: {judge})"
@@ -161,6 +163,4 @@ def _plain(interval: Interval) -> str:
 
 
 def _signed(interval: Interval, digits: int = 3) -> str:
-    return (
-        f"{interval.value:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-    )
+    return f"{interval.value:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"

@@ -1,7 +1,7 @@
 """Reads what the stages of a run left on disk (schemas: `docs/artifacts.md`) for gates and report.
 
-Contract: files only, read once, nothing written. A file or stage that is not there gives an empty table and is listed in
-`missing`: a run may end before PPO, and real data has no truth columns. A damaged file is an ArtifactError. NaN is
+Contract: files only, read once, nothing written. A file or stage that is not there gives an empty table and is listed
+in `missing`: a run may end before PPO, and real data has no truth columns. A damaged file is an ArtifactError. NaN is
 missing; numbers are floats; the columns in `TEXT_COLUMNS` stay text even where they look like numbers.
 """
 
@@ -21,12 +21,29 @@ from morlaif_ray.config import Config, load_config
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.types import FloatArray, Interval
 
+EVALUATION = "6_evaluation"
+
 Row = dict[str, Any]
 Columns = dict[str, list[Any]]
 
 TEXT_COLUMNS = frozenset(
-    "name kind model label policy opponent judge scalarizer baseline principle parameter trial".split()
+    [
+        "name",
+        "kind",
+        "model",
+        "label",
+        "policy",
+        "opponent",
+        "judge",
+        "scalarizer",
+        "baseline",
+        "principle",
+        "parameter",
+        "trial",
+    ]
 )
+READ_STAGES = tuple(sorted({*STAGES, "4_sweep"} - {EVALUATION}))
+"""The stages that a report is made from, in the order of the pipeline."""
 NAN = float("nan")
 _SPELLED = {
     "sft": "SFT",
@@ -93,6 +110,7 @@ class RunTables:
     drop_one: list[Row] = field(default_factory=list)
     sweep_offline: list[Row] = field(default_factory=list)
     sweep_online: list[Row] = field(default_factory=list)
+    sweep_best: Row = field(default_factory=dict)
     arms: tuple[ArmTables, ...] = ()
     policies: list[Row] = field(default_factory=list)
     win_rates: list[Row] = field(default_factory=list)
@@ -120,14 +138,14 @@ class RunTables:
         """The MORLAIF policy that claims are made of: `linear` where trained (the paper's), else the first."""
         arms = [arm for arm in self.arms if not arm.is_baseline]
         linear = [arm for arm in arms if arm.summary.get("scalarizer") == "linear"]
-        return (linear or arms or [None])[0]
+        return next(iter(linear or arms), None)
 
     @property
     def baseline_arm(self) -> ArmTables | None:
         """The single-PM policy: `random_principle` where trained (the paper's), else the first baseline."""
         arms = [arm for arm in self.arms if arm.is_baseline]
         paper = [arm for arm in arms if arm.summary["baseline"] == "random_principle"]
-        return (paper or arms or [None])[0]
+        return next(iter(paper or arms), None)
 
     @property
     def has_truth(self) -> bool:
@@ -165,20 +183,24 @@ class RunTables:
         values = floats(self.responses[column], len(self.responses[column]))
         one, two = self.by_prompt.get(first, {}), self.by_prompt.get(second, {})
         prompts = [prompt for prompt in one if prompt in two]
-        rows = np.array([[one[prompt], two[prompt]] for prompt in prompts], dtype=int).reshape(-1, 2)
+        rows = np.array([[one[prompt], two[prompt]] for prompt in prompts], dtype=int).reshape(
+            -1, 2
+        )
         return values[rows[:, 0]], values[rows[:, 1]]
 
 
 def read_run(run_dir: Path, evaluation_dir: Path) -> RunTables:
     """Reads stages 0 to 5 of `run_dir`, and the evaluation's files of `evaluation_dir`."""
     if not run_dir.is_dir():
-        raise ArtifactError(f"{run_dir}: no such run folder; give --run-dir of a run that has begun")
+        raise ArtifactError(
+            f"{run_dir}: no such run folder; give --run-dir of a run that has begun"
+        )
     reader = _Reader(run_dir, evaluation_dir)
     config_path = run_dir / "config.yaml"
     config = load_config(config_path) if config_path.is_file() else None
     if config is None:
         reader.missing.append("config.yaml")
-    manifests = {stage: read_manifest(run_dir / stage) for stage in STAGES[:-1]}
+    manifests = {stage: read_manifest(run_dir / stage) for stage in READ_STAGES}
     tables: dict[str, Any] = {
         "sft_metrics": reader.json("0_sft/metrics.json"),
         "sft_training": reader.csv("0_sft/training.csv"),
@@ -193,8 +215,9 @@ def read_run(run_dir: Path, evaluation_dir: Path) -> RunTables:
         "accuracy_difference": reader.csv("4_reward/accuracy_difference.csv"),
         "ablation": reader.csv("4_reward/ablation.csv"),
         "drop_one": reader.csv("4_reward/drop_one.csv"),
-        "sweep_offline": reader.csv("4_reward/sweep_offline.csv"),
-        "sweep_online": reader.csv("4_reward/sweep_online.csv"),
+        "sweep_offline": reader.csv("4_sweep/sweep_offline.csv"),
+        "sweep_online": reader.csv("4_sweep/sweep_online.csv"),
+        "sweep_best": reader.json("4_sweep/best.json"),
         "arms": reader.arms(config),
         "policies": reader.csv("6_evaluation/policies.csv"),
         "win_rates": reader.csv("6_evaluation/win_rates.csv"),
@@ -220,7 +243,7 @@ class _Reader:
 
     def _path(self, relative: str) -> Path | None:
         stage, _, rest = relative.partition("/")
-        path = self.evaluation_dir / rest if stage == STAGES[-1] else self.run_dir / relative
+        path = self.evaluation_dir / rest if stage == EVALUATION else self.run_dir / relative
         if path.is_file():
             return path
         self.missing.append(relative)
@@ -277,11 +300,16 @@ def number(row: Row, key: str) -> float:
     return NAN if value is None or value == "" else float(value)
 
 
-def interval(row: Row, key: str, low: str = "low", high: str = "high", num: str = "num") -> Interval:
+def interval(
+    row: Row, key: str, low: str = "low", high: str = "high", num: str = "num"
+) -> Interval:
     """A figure with its interval; NaN and 0 where absent."""
     count = number(row, num)
     return Interval(
-        number(row, key), number(row, low), number(row, high), 0 if math.isnan(count) else int(count)
+        number(row, key),
+        number(row, low),
+        number(row, high),
+        0 if math.isnan(count) else int(count),
     )
 
 

@@ -117,9 +117,7 @@ def length_statistics(
     words_N = np.asarray(words_N, np.float64)
     present = words_N[~np.isnan(words_N)]
     mean = mean_interval(words_N, num_resamples=num_resamples, seed=seed)
-    p10, median, p90 = (
-        np.percentile(present, [10, 50, 90]) if len(present) else [float("nan")] * 3
-    )
+    p10, median, p90 = np.percentile(present, [10, 50, 90]) if len(present) else [float("nan")] * 3
     cut = float("nan")
     if truncated_N is not None and len(truncated_N):
         cut = float(np.mean(np.asarray(truncated_N, np.float64)))
@@ -150,7 +148,8 @@ def _per_unit(
         return values_N[present], np.ones(int(present.sum()))
     assert len(groups_N) == len(values_N)
     index: dict[Hashable, int] = {}
-    unit_N = np.array([index.setdefault(group, len(index)) for group in groups_N])
-    sums_G = np.bincount(unit_N[present], values_N[present], minlength=len(index))
+    unit_N = np.array([index.setdefault(group, len(index)) for group in groups_N], np.int64)
+    sums_G = np.zeros(len(index))
+    np.add.at(sums_G, unit_N[present], values_N[present])
     counts_G = np.bincount(unit_N[present], minlength=len(index)).astype(np.float64)
     return sums_G[counts_G > 0], counts_G[counts_G > 0]

@@ -19,7 +19,7 @@ from jobs.progress import Reporter
 from morlaif_ray.artifacts import StageFolder, write_csv, write_json, write_records, write_table
 from morlaif_ray.config import parse_config
 from morlaif_ray.config.learning import ALL_SCALARIZERS, ArmConfig
-from morlaif_ray.errors import MorlaifError
+from morlaif_ray.errors import MorlaifError, ResourceError
 from morlaif_ray.types import Judgement, ResponsePair
 
 PRINCIPLES = ["helpfulness", "detail", "sycophancy"]
@@ -206,6 +206,38 @@ def test_online_trials_call_the_hook_and_an_interrupted_sweep_goes_on(run_dir, l
     ]
     runs = (run_dir / "runs.txt").read_text(encoding="utf-8").split()
     assert sorted(runs) == ["linear", "worst_case"]  # what had succeeded was not repeated
+
+
+def test_a_sweep_that_no_cpu_is_free_for_ends_with_advice_and_can_be_repeated(tmp_path, local_ray):
+    import ray
+    from ray import tune
+
+    @ray.remote(num_cpus=2)
+    class Hog:
+        def ready(self) -> bool:
+            return True
+
+    def sweep() -> dict[str, Any]:
+        with Reporter(quiet=True).task("sweep") as task:
+            return sweep_scalarizers.run_trials(
+                tune.with_resources(lambda setting: tune.report({"rows": []}), {"cpu": 1}),
+                ["linear"],
+                storage=tmp_path,
+                name="offline",
+                concurrent=1,
+                timeout_s=4.0,
+                reuse_processes=True,
+                task=task,
+            )
+
+    hog = Hog.remote()
+    assert ray.get(hog.ready.remote(), timeout=60)
+    with pytest.raises(
+        ResourceError, match=r"1 of 1 sweep trials \(linear\) did not end within 4\.0 s"
+    ):
+        sweep()
+    ray.kill(hog)
+    assert sweep()["linear"]["rows"] == []
 
 
 def test_a_sweep_without_labels_or_draws_is_empty_and_says_so(run_dir):

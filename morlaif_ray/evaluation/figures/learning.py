@@ -54,7 +54,10 @@ def position_bias(tables: RunTables) -> Figure | None:
     style.name_rows(axes, [readable(name) for name in asked])
     reach = 1.15 * max(0.1, float(np.nanmax(np.abs(bias))))
     axes.set_xlim(-reach, reach)
-    axes.set_xlabel("favours the second-given  \N{LEFTWARDS ARROW}   mean position bias (nats)   \N{RIGHTWARDS ARROW}  favours the first-given")
+    axes.set_xlabel(
+        "favours the second-given  \N{LEFTWARDS ARROW}   mean position bias (nats)   "
+        "\N{RIGHTWARDS ARROW}  favours the first-given"
+    )
     return figure
 
 
@@ -100,7 +103,7 @@ def pm_accuracy(tables: RunTables) -> Figure | None:
         )
         style.dots_with_intervals(
             axes,
-            np.arange(len(models)) + shift,
+            np.arange(len(models), dtype=np.float64) + shift,
             triples[:, 0],
             triples[:, 1],
             triples[:, 2],

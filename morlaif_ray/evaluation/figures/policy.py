@@ -6,6 +6,7 @@ Rewards of different arms are different functions; each is shown in SFT standard
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,9 +32,11 @@ def training_curves(tables: RunTables) -> Figure | None:
         ("well-formed share (truth)", lambda arm: arm.series("well_formed_share")),
     ]
     panels = [
-        (title, read) for title, read in panels if any(not np.isnan(read(arm)).all() for arm in arms)
+        (title, read)
+        for title, read in panels
+        if any(not np.isnan(read(arm)).all() for arm in arms)
     ]
-    rows = -(-(len(panels) + 1) // 3)
+    rows = -(-len(panels) // 3)
     figure = style.new_figure(0.3 + 2.35 * rows)
     grid = figure.subplots(rows, 3, squeeze=False).flatten()
     for axes, (title, read) in zip(grid, panels, strict=False):
@@ -43,23 +46,48 @@ def training_curves(tables: RunTables) -> Figure | None:
         axes.grid(axis="y")
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("PPO step", fontsize=8.5)
-        if title.startswith("KL") and tables.config is not None and tables.config.policy.adaptive_kl:
+        if (
+            title.startswith("KL")
+            and tables.config is not None
+            and tables.config.policy.adaptive_kl
+        ):
             target = tables.config.policy.kl_target
             axes.axhline(target, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1.1)
-            axes.annotate("target", (0.0, target), xycoords=("axes fraction", "data"),
-                          xytext=(3, 3), textcoords="offset points", fontsize=8, color=style.GREY)
+            axes.annotate(
+                "target",
+                (0.0, target),
+                xycoords=("axes fraction", "data"),
+                xytext=(3, 3),
+                textcoords="offset points",
+                fontsize=8,
+                color=style.GREY,
+            )
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     handles, labels = grid[0].get_legend_handles_labels()
-    grid[len(panels)].legend(handles, labels, loc="center left", title="policy (its reward)",
-                             fontsize=8.5, title_fontsize=8.5, alignment="left", handlelength=2.6)
+    if len(panels) < len(grid):
+        spare = grid[len(panels)]
+        spare.legend(
+            handles,
+            labels,
+            loc="center left",
+            title="policy (its reward)",
+            fontsize=8.5,
+            title_fontsize=8.5,
+            alignment="left",
+            handlelength=2.6,
+        )
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
 
 
 def reward_and_truth(tables: RunTables) -> Figure | None:
     """Per arm: the PMs' reward and the true utility in SFT standard deviations; a gap that opens is reward hacking."""
     scale = _oracle_scale(tables)
-    arms = [arm for arm in _with_metrics(tables) if not np.isnan(arm.series("oracle_utility")).all()]
+    arms = [
+        arm for arm in _with_metrics(tables) if not np.isnan(arm.series("oracle_utility")).all()
+    ]
     if scale is None or not arms:
         return None
     columns = min(4, len(arms))
@@ -69,17 +97,34 @@ def reward_and_truth(tables: RunTables) -> Figure | None:
     for axes, arm in zip(grid, arms, strict=False):
         steps = arm.series("step")
         reward = style.running_mean(arm.gain_series, SMOOTHING_STEPS)
-        truth = style.running_mean((arm.series("oracle_utility") - scale[0]) / scale[1], SMOOTHING_STEPS)
-        axes.fill_between(steps, truth, reward, where=(reward > truth).tolist(), color=style.ORANGE,
-                          alpha=0.1, linewidth=0)
+        truth = style.running_mean(
+            (arm.series("oracle_utility") - scale[0]) / scale[1], SMOOTHING_STEPS
+        )
+        axes.fill_between(
+            steps,
+            truth,
+            reward,
+            where=(reward > truth).tolist(),
+            color=style.ORANGE,
+            alpha=0.1,
+            linewidth=0,
+        )
         axes.plot(steps, reward, color=style.BLUE, label="reward of the preference models")
-        axes.plot(steps, truth, color=style.GREEN, linestyle=(0, (5, 1.5)), label="oracle utility (truth)")
+        axes.plot(
+            steps, truth, color=style.GREEN, linestyle=(0, (5, 1.5)), label="oracle utility (truth)"
+        )
         axes.axhline(0.0, color=style.GREY, linewidth=0.8)
         axes.set_title(readable(arm.name), fontsize=9.5, pad=4)
         formed = number(tables.policy(arm.name), "well_formed_share")
         if not np.isnan(formed):
-            axes.annotate(f"well-formed {formed:.0%}", (0.04, 0.95), xycoords="axes fraction",
-                          va="top", fontsize=8, color=style.INK if formed > 0.9 else style.ORANGE)
+            axes.annotate(
+                f"well-formed {formed:.0%}",
+                (0.04, 0.95),
+                xycoords="axes fraction",
+                va="top",
+                fontsize=8,
+                color=style.INK if formed > 0.9 else style.ORANGE,
+            )
         axes.grid(axis="y")
         axes.locator_params(nbins=4)
     for axes in grid[len(arms) :]:
@@ -108,7 +153,7 @@ def principle_scores(tables: RunTables) -> Figure | None:
     for axes, arm, values in zip(axes_grid.flat, arms, grids, strict=False):
         steps = arm.series("step")
         image = axes.imshow(
-            np.ma.masked_invalid(values),
+            values,
             aspect="auto",
             cmap=style.DIVERGING,
             vmin=-reach,
@@ -125,7 +170,7 @@ def principle_scores(tables: RunTables) -> Figure | None:
     assert image is not None
     bar = figure.colorbar(image, ax=axes_grid, shrink=0.7, aspect=28, pad=0.015)
     bar.set_label("mean score (SFT sd)", fontsize=8.5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     figure.supxlabel("PPO step", fontsize=9.5)
     return figure
 
@@ -136,9 +181,13 @@ def reward_vs_kl(tables: RunTables) -> Figure | None:
     if not arms:
         return None
     scale = _oracle_scale(tables)
-    with_truth = scale is not None and any(not np.isnan(a.series("oracle_utility")).all() for a in arms)
+    with_truth = scale is not None and any(
+        not np.isnan(a.series("oracle_utility")).all() for a in arms
+    )
     figure = style.new_figure(3.5)
-    panels = np.atleast_1d(figure.subplots(1, 2 if with_truth else 1, sharex=True, sharey=True))
+    panels = figure.subplots(
+        1, 2 if with_truth else 1, sharex=True, sharey=True, squeeze=False
+    ).flatten()
     for place, arm in enumerate(arms):
         kl = style.running_mean(arm.series("kl_mean"), SMOOTHING_STEPS)
         _path(panels[0], kl, arm.gain_series, place, arm)
@@ -152,7 +201,9 @@ def reward_vs_kl(tables: RunTables) -> Figure | None:
         axes.grid()
     panels[0].set_ylabel("gain over SFT (SFT sd)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(arms)), fontsize=8.5)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(4, len(arms)), fontsize=8.5
+    )
     return figure
 
 
@@ -160,7 +211,7 @@ def _with_metrics(tables: RunTables) -> list[ArmTables]:
     return [arm for arm in tables.arms if arm.metrics.get("step")]
 
 
-def _line(place: int, arm: ArmTables) -> dict[str, object]:
+def _line(place: int, arm: ArmTables) -> dict[str, Any]:
     """Baselines are dashed ink; arms take the palette in turn, dashed on its second round."""
     if arm.is_baseline:
         return {"color": style.INK, "linestyle": (0, (5, 1.5)), "label": arm.label}
@@ -175,14 +226,16 @@ def _line(place: int, arm: ArmTables) -> dict[str, object]:
 def _curve(axes: Axes, steps: FloatArray, values: FloatArray, place: int, arm: ArmTables) -> None:
     look = _line(place, arm)
     axes.plot(steps, values, color=str(look["color"]), alpha=0.13, linewidth=0.8)
-    axes.plot(steps, style.running_mean(values, SMOOTHING_STEPS), linewidth=1.6, **look)  # type: ignore[arg-type]
+    axes.plot(steps, style.running_mean(values, SMOOTHING_STEPS), linewidth=1.6, **look)
 
 
 def _path(axes: Axes, kl: FloatArray, gain: FloatArray, place: int, arm: ArmTables) -> None:
     look = _line(place, arm)
     smooth = style.running_mean(gain, SMOOTHING_STEPS)
-    axes.plot(kl, smooth, linewidth=1.5, **look)  # type: ignore[arg-type]
-    axes.plot(kl[-1:], smooth[-1:], "o", color=str(look["color"]), markersize=6, markeredgecolor="white")
+    axes.plot(kl, smooth, linewidth=1.5, **look)
+    axes.plot(
+        kl[-1:], smooth[-1:], "o", color=str(look["color"]), markersize=6, markeredgecolor="white"
+    )
 
 
 def _oracle_scale(tables: RunTables) -> tuple[float, float] | None:

@@ -27,11 +27,8 @@ def weights(tables: RunTables) -> Figure | None:
             colour = style.GREY
         one = [np.array([value]) for value in (place, item.value, item.low, item.high)]
         style.dots_with_intervals(axes, *one, colour=colour)
-        words = weight_in_words(names[place], item.value)
-        if item.low <= 0.0 <= item.high:
-            words = "cannot be told from 0"
         axes.annotate(
-            words,
+            weight_in_words(names[place], item),
             (1.02, place),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -100,7 +97,10 @@ def ablation(tables: RunTables) -> Figure | None:
     left.set_title("Removing principles in random order")
     if rows:
         removed, value, low, high = np.array(
-            [[number(row, key) for key in ("num_removed", "accuracy", "low", "high")] for row in rows]
+            [
+                [number(row, key) for key in ("num_removed", "accuracy", "low", "high")]
+                for row in rows
+            ]
         ).T
         left.fill_between(removed, low, high, color=style.BLUE, alpha=0.15, linewidth=0)
         left.plot(removed, value, "o-", color=style.BLUE, markersize=4.5, markeredgecolor="white")
@@ -125,12 +125,14 @@ def sweep(tables: RunTables) -> Figure | None:
         return None
     names = list(dict.fromkeys(str(row["scalarizer"]) for row in rows))
     tuned = [
-        name for name in names if any(row["scalarizer"] == name and row["parameter"] for row in rows)
+        name
+        for name in names
+        if any(row["scalarizer"] == name and row["parameter"] for row in rows)
     ]
     figure = style.new_figure(1.0 + 0.36 * len(names) + (2.3 if tuned else 0.0))
     layout = [["draws"] * len(tuned), tuned] if tuned else [["draws"]]
     heights = [0.36 * len(names) + 0.6, 2.0] if tuned else [1.0]
-    panels = figure.subplot_mosaic(layout, height_ratios=heights)
+    panels: dict[str, Axes] = figure.subplot_mosaic(layout, height_ratios=heights)
     _draws(panels["draws"], tables, names)
     for name in tuned:
         own = [row for row in rows if row["scalarizer"] == name and row["parameter"]]
@@ -145,8 +147,11 @@ def sweep(tables: RunTables) -> Figure | None:
         )
         axes.set_title(readable(name), fontsize=9.5, pad=4)
         axes.set_xlabel(str(own[0]["parameter"]))
+        if own[0]["parameter"] == "temperature":
+            axes.set_xscale("log")  # drawn over orders of magnitude
+            axes.minorticks_off()
         axes.grid(axis="y")
-        axes.locator_params(nbins=5)
+        axes.locator_params(axis="y", nbins=5)
     if tuned:
         panels[tuned[0]].set_ylabel("accuracy")
     return figure
@@ -169,7 +174,15 @@ def _draws(axes: Axes, tables: RunTables, names: list[str]) -> None:
         label="fitted weights, the run's parameters",
         zorder=3,
     )
-    axes.plot([], [], "o", color=style.BLUE, alpha=0.6, markersize=4, label="one draw of weights and parameter")
+    axes.plot(
+        [],
+        [],
+        "o",
+        color=style.BLUE,
+        alpha=0.6,
+        markersize=4,
+        label="one draw of weights and parameter",
+    )
     style.name_rows(axes, [readable(name) for name in names])
     axes.set_xlabel("accuracy against the human label on cached scores")
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)

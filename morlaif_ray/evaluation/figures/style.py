@@ -25,7 +25,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, AMBER, PINK = "#56B4E9", "#E69F00", "#CC79A7"
 INK, GREY, PALE = "#22262B", "#7A828C", "#E3E7EB"
 ARM_COLOURS = (BLUE, AMBER, GREEN, PINK, SKY, "#5B4B8A", "#8C6D1F")
-ARM_DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 1.5)), (0, (1, 1)))  # type: ignore[assignment]
+ARM_DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", (0, (5, 1.5)), (0, (1, 1)))
 
 DIVERGING = LinearSegmentedColormap.from_list(
     "orange_blue", ["#B24A00", "#EDA772", "#F7F7F5", "#7FB3D9", "#005A8F"]
@@ -86,7 +86,6 @@ def to_png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-
 def dots_with_intervals(
     axes: Axes,
     positions: FloatArray,
@@ -123,7 +122,13 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x")
     axes.hlines(
-        range(len(names)), 0, 1, transform=axes.get_yaxis_transform(), color=PALE, linewidth=0.6, zorder=0
+        range(len(names)),
+        0,
+        1,
+        transform=axes.get_yaxis_transform(),
+        color=PALE,
+        linewidth=0.6,
+        zorder=0,
     )
     axes.spines["left"].set_visible(False)
 
@@ -156,7 +161,7 @@ def matrix(
     number_format: str = "{:.2f}",
 ) -> None:
     """A heat map with its numbers in the cells; NaN cells are blank."""
-    axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, aspect="auto")
+    axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     axes.set_xticks(range(len(column_names)), list(column_names), rotation=40, ha="right")
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(row_names)), list(row_names))
@@ -183,4 +188,6 @@ def running_mean(values: FloatArray, window: int) -> FloatArray:
     kernel = np.ones(min(window, max(1, len(values))))
     total = np.convolve(np.nan_to_num(values), kernel, mode="same")
     count = np.convolve(present, kernel, mode="same")
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    means = np.full(len(values), np.nan)
+    np.divide(total, count, out=means, where=count > 0)
+    return means

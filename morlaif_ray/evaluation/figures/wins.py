@@ -20,7 +20,9 @@ def win_rates(tables: RunTables) -> Figure | None:
         return None
     sizes = [len(rows) for _, rows in panels]
     figure = style.new_figure(1.0 + sum(0.55 + 0.33 * size for size in sizes))
-    grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=[s + 1 for s in sizes])
+    grid = figure.subplots(
+        len(panels), 1, squeeze=False, sharex=True, height_ratios=[s + 1 for s in sizes]
+    )
     for axes, (opponent, rows) in zip(grid.flat, panels, strict=True):
         _stacked(axes, rows)
         axes.set_title(f"Against {readable(opponent)}")
@@ -59,19 +61,39 @@ def _stacked(axes: Axes, rows: list[Row]) -> None:
     counts = np.array([[number(row, key) for key in ("wins", "ties", "losses")] for row in rows])
     shares = counts / counts.sum(axis=1, keepdims=True)
     left = np.zeros(len(rows))
-    for part, colour, label in ((0, "#A9CDE6", "wins"), (1, "#ECEFF2", "ties"), (2, "#F3C6A5", "losses")):
-        axes.barh(np.arange(len(rows)), shares[:, part], left=left, height=0.66, color=colour, label=label)
+    for part, colour, label in (
+        (0, "#A9CDE6", "wins"),
+        (1, "#ECEFF2", "ties"),
+        (2, "#F3C6A5", "losses"),
+    ):
+        axes.barh(
+            np.arange(len(rows)), shares[:, part], left=left, height=0.66, color=colour, label=label
+        )
         left += shares[:, part]
     triples = np.array([[number(row, key) for key in ("win_rate", "low", "high")] for row in rows])
     places = np.arange(len(rows))
     axes.hlines(places, triples[:, 1], triples[:, 2], color=style.INK, linewidth=1.8, zorder=3)
-    axes.plot(triples[:, 0], places, "o", color=style.INK, markersize=6, markeredgecolor="white", zorder=4,
-              label="win rate")
+    axes.plot(
+        triples[:, 0],
+        places,
+        "o",
+        color=style.INK,
+        markersize=6,
+        markeredgecolor="white",
+        zorder=4,
+        label="win rate",
+    )
     for place, value in enumerate(triples[:, 0]):
-        axes.annotate(f"{value:.2f}", (1.0, place), xytext=(5, 0), textcoords="offset points",
-                      va="center", fontsize=8.5, annotation_clip=False)
+        axes.annotate(
+            f"{value:.2f}",
+            (1.0, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
+        )
     axes.axvline(0.5, color=style.INK, linewidth=1.0, linestyle=(0, (4, 3)))
     style.name_rows(axes, [readable(str(row["policy"])) for row in rows])
     axes.set_xlim(0.0, 1.0)
     axes.grid(visible=False)
-

@@ -98,7 +98,9 @@ class Table:
     @property
     def csv_rows(self) -> list[Row]:
         keys = list(
-            dict.fromkeys(key for column in self.columns for key in (column.key, *(column.bounds or ())))
+            dict.fromkeys(
+                key for column in self.columns for key in (column.key, *(column.bounds or ()))
+            )
         )
         return [{key: _csv_value(row.get(key)) for key in keys} for row in self.rows]
 

@@ -43,10 +43,15 @@ def data_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         {"what": "dropped: both responses equal", "value": number(pairs, "num_identical")},
     ]
     section.table(
-        "pairs", "Response pairs", [Column("what", "Pairs"), Column("value", "Number", "{:,.0f}")], rows
+        "pairs",
+        "Response pairs",
+        [Column("what", "Pairs"), Column("value", "Number", "{:,.0f}")],
+        rows,
     )
     formed = number(pairs, "well_formed_share")
-    words = f"Responses have {show(number(pairs, 'mean_response_words'), '{:.1f}')} words on average"
+    words = (
+        f"Responses have {show(number(pairs, 'mean_response_words'), '{:.1f}')} words on average"
+    )
     section.text(words + (f"; {formed:.1%} of them are well formed." if formed == formed else "."))
     return section
 
@@ -113,7 +118,11 @@ def preference_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         "Stage 3_preference_models has not run: there are no accuracies.",
     )
     section.table(
-        "pm_accuracy", "Accuracies in figures", _ACCURACY_COLUMNS, tables.pm_accuracy, collapsed=True
+        "pm_accuracy",
+        "Accuracies in figures",
+        _ACCURACY_COLUMNS,
+        tables.pm_accuracy,
+        collapsed=True,
     )
     section.picture(
         "pm_training",

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from morlaif_ray import __version__
-from morlaif_ray.artifacts import STAGES
 from morlaif_ray.evaluation.claims import heldout_gain
 from morlaif_ray.evaluation.gates import verdict
 from morlaif_ray.evaluation.report.blocks import show, show_interval
-from morlaif_ray.evaluation.run_tables import RunTables, interval, number, readable
+from morlaif_ray.evaluation.run_tables import READ_STAGES, RunTables, interval, number, readable
 from morlaif_ray.types import GateReport, Interval
 
 _VERDICT_CLASS = {"holds": "yes", "does not hold": "no", "cannot be told": "open"}
@@ -48,7 +47,8 @@ class StageLine:
 
 def claims(gates: Sequence[GateReport]) -> list[Claim]:
     return [
-        Claim(gate.claim, verdict(gate), _VERDICT_CLASS[verdict(gate)], gate.evidence) for gate in gates
+        Claim(gate.claim, verdict(gate), _VERDICT_CLASS[verdict(gate)], gate.evidence)
+        for gate in gates
     ]
 
 
@@ -62,7 +62,9 @@ def summary(tables: RunTables, gates: Sequence[GateReport]) -> str:
             f"the time"
         )
         if not math.isnan(single.value):
-            sentence += f", a single preference model trained on random principles {show_interval(single)}"
+            sentence += (
+                f", a single preference model trained on random principles {show_interval(single)}"
+            )
         ceiling = interval(tables.weights.get("ceiling") or {}, "accuracy").value
         if not math.isnan(ceiling):
             sentence += f"; with perfect preference models it would be {ceiling:.3f}"
@@ -96,22 +98,32 @@ def tiles(tables: RunTables) -> list[Tile]:
             show(multi.value),
             f"{_range(multi)}single-objective {show(single.value)}",
         ),
-        Tile("Reward gain by PPO", show(gain.value, "{:+.2f} sd"), f"{shown}, at a KL of {show(kl, '{:.1f}')} nats"),
+        Tile(
+            "Reward gain by PPO",
+            show(gain.value, "{:+.2f} sd"),
+            f"{shown}, at a KL of {show(kl, '{:.1f}')} nats",
+        ),
         Tile("Win rate against SFT", show(against_sft.value), f"{_range(against_sft)}{shown}"),
-        Tile("Win rate against single PM", show(against_single.value), f"{_range(against_single)}{shown}"),
+        Tile(
+            "Win rate against single PM",
+            show(against_single.value),
+            f"{_range(against_single)}{shown}",
+        ),
     ]
 
 
 def stage_lines(tables: RunTables) -> list[StageLine]:
-    """The published stages that the report was made from; 6_evaluation holds the report itself and so has no hash here."""
+    """The published stages that the report was made from; 6_evaluation holds the report itself: no hash here."""
     lines = []
-    for stage in STAGES[:-1]:
+    for stage in READ_STAGES:
         manifest = tables.manifests.get(stage)
         if manifest is None:
             lines.append(StageLine(stage, "-", "-", "not published"))
             continue
         rows = ", ".join(f"{name} {count:,}" for name, count in manifest.rows.items())
-        lines.append(StageLine(stage, manifest.content_hash[:16], manifest.code_version, rows or "-"))
+        lines.append(
+            StageLine(stage, manifest.content_hash[:16], manifest.code_version, rows or "-")
+        )
     return lines
 
 
@@ -133,7 +145,9 @@ def _what_ran(tables: RunTables) -> str:
         return "This run has not reached its feedback yet."
     judge = tables.feedback.get("judge")
     asked = f" of the judge {judge}" if judge else ""
-    trained = f" and {policies} {'policy' if policies == 1 else 'policies'} by PPO" if policies else ""
+    trained = (
+        f" and {policies} {'policy' if policies == 1 else 'policies'} by PPO" if policies else ""
+    )
     return f"From feedback{asked} on {principles} principles this run trained preference models{trained}."
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 
 from morlaif_ray.evaluation.claims import heldout_gain
-from morlaif_ray.evaluation.report.blocks import NAME, Answer, Cell, Column, Sample, Samples, Section, show
+from morlaif_ray.evaluation.report.blocks import (
+    NAME,
+    Answer,
+    Cell,
+    Column,
+    Sample,
+    Samples,
+    Section,
+    show,
+)
 from morlaif_ray.evaluation.run_tables import Row, RunTables, number, readable
 
 WELL_FORMED_DROP = 0.03
@@ -29,14 +38,17 @@ def policy_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
     if not tables.arms:
         section.notice("Stage 5_policy has not run: no policy was trained.")
         return section
-    untrained = [name.split("/")[1] for name in tables.missing if re.match(r"5_policy/[^/]+/summary", name)]
+    untrained = [
+        name.split("/")[1] for name in tables.missing if re.match(r"5_policy/[^/]+/summary", name)
+    ]
     for name in untrained:
         section.notice(f"Policy {readable(name)} is in the config but was not trained.")
     for warning in hacking_warnings(tables):
         section.notice(warning, "warning")
     if not tables.has_truth:
         section.notice(
-            "The truth is not known for this data: oracle utility and well-formedness are measured on the test-bed only."
+            "The truth is not known for this data: oracle utility and well-formedness are measured on the "
+            "test-bed only."
         )
     section.picture(
         "training_curves",
@@ -65,7 +77,10 @@ def policy_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         "Heat maps of the twelve principle scores over PPO steps, one per policy.",
         "No per-principle scores: the policies' metrics hold none.",
     )
-    section.table("policies", "Policies in figures", _POLICY_COLUMNS, _policy_rows(tables))
+    rows = _policy_rows(tables)
+    trained = [row for row in rows if "gain" in row]
+    section.table("policy_training", "What training did", _TRAINING_COLUMNS, trained)
+    section.table("policy_responses", "Responses to held-out prompts", _RESPONSE_COLUMNS, rows)
     return section
 
 
@@ -74,8 +89,8 @@ def win_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         "win-rates",
         "Win rates",
         "Two policies answer the same held-out prompts and the judge compares the answers in both orders; a win "
-        "needs both orders, everything else is a tie and counts half. Intervals are 95% bootstrap intervals over prompts; "
-        "read lengths beside them, since judges may like longer text.",
+        "needs both orders, everything else is a tie and counts half. Intervals are 95% bootstrap "
+        "intervals over prompts; read lengths beside them, since judges may like longer text.",
         tables,
         figures,
     )
@@ -111,8 +126,8 @@ def sample_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         "samples",
         "Samples before and after",
         "Held-out prompts with the answer of SFT and of the policies, sampled and not chosen. Cells are the "
-        "normalised scores of the preference models (0: as good as SFT on average; blue above, orange below); the sycophancy "
-        "cell scores anti-sycophancy, like all of them high is good.",
+        "normalised scores of the preference models (0: as good as SFT on average; blue above, orange below); "
+        "the sycophancy cell scores anti-sycophancy, like all of them high is good.",
         tables,
         figures,
     )
@@ -182,7 +197,9 @@ def _sample(tables: RunTables, raw: Row, first: list[str]) -> Sample:
     }
     order = [name for name in first if name in answers]
     rank = {arm.name: place for place, arm in enumerate(tables.arms)}
-    rest = sorted((name for name in answers if name not in order), key=lambda n: (rank.get(n, 99), n))
+    rest = sorted(
+        (name for name in answers if name not in order), key=lambda n: (rank.get(n, 99), n)
+    )
     return Sample(
         turns=split_turns(str(raw.get("prompt", ""))),
         answers=tuple(answers[name] for name in order or rest),
@@ -218,7 +235,7 @@ def _answer(tables: RunTables, policy: str, response: Row) -> Answer:
 def _cell(
     principle: str, value: float, form: str, *, reach: float = _CELL_REACH_SD, middle: float = 0.0
 ) -> Cell:
-    text = show(value, form)
+    text = show(round(value, 2) + 0.0, form).replace("-0.0", "+0.0")
     if value != value:
         return Cell(readable(principle), text, "#eceff2", "#22262b")
     place = min(1.0, max(0.0, 0.5 + 0.5 * (value - middle) / reach)) * (len(_ANCHORS) - 1)
@@ -232,19 +249,18 @@ def _cell(
     return Cell(readable(principle), text, f"#{red:02x}{green:02x}{blue:02x}", ink)
 
 
-_POLICY_COLUMNS = (
+_TRAINING_COLUMNS = (
     Column("policy", "Policy", NAME),
     Column("reward", "Its reward", NAME),
     Column("steps", "PPO steps", "{:,.0f}"),
-    Column("gain", "Reward gain, training (SFT sd)", "{:+.2f}"),
-    Column(
-        "heldout", "Reward gain, held out (SFT sd)", "{:+.2f}", ("heldout_low", "heldout_high")
-    ),
+    Column("gain", "Reward gain in training (SFT sd)", "{:+.2f}"),
+    Column("heldout", "Reward gain held out (SFT sd)", "{:+.2f}", ("heldout_low", "heldout_high")),
     Column("kl", "KL (nats)", "{:.2f}"),
+)
+_RESPONSE_COLUMNS = (
+    Column("policy", "Policy", NAME),
     Column("oracle_utility", "Oracle utility", "{:.2f}", ("oracle_low", "oracle_high")),
-    Column(
-        "well_formed_share", "Well formed", "{:.1%}", ("well_formed_low", "well_formed_high")
-    ),
+    Column("well_formed_share", "Well formed", "{:.1%}", ("well_formed_low", "well_formed_high")),
     Column("mean_words", "Words", "{:.1f}", ("mean_words_low", "mean_words_high")),
     Column("truncated_share", "Cut off", "{:.1%}"),
 )

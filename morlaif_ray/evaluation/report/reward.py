@@ -33,7 +33,11 @@ def reward_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         "No accuracies of scalarizers: 4_reward/scalarizers.csv is not there.",
     )
     section.table(
-        "scalarizers", "Accuracies in figures", _SCALARIZER_COLUMNS, tables.scalarizers, collapsed=True
+        "scalarizers",
+        "Accuracies in figures",
+        _SCALARIZER_COLUMNS,
+        tables.scalarizers,
+        collapsed=True,
     )
     section.table(
         "accuracy_difference",
@@ -72,8 +76,8 @@ def sweep_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         "sweep",
         "Sweep over scalarizers and weights",
         "Offline, weights are drawn around the fitted ones and each scalarizer's parameter over its range, all "
-        "scored on cached scores of the test pairs; online, short PPO runs are made. The best of many draws is "
-        "flattered by the choice: read the spread, not the maximum.",
+        "scored on cached scores of the test pairs; online, short PPO runs are made. The highest of many draws is "
+        "flattered by the choice: read the spread, and the draw that was chosen on the pairs of another split.",
         tables,
         figures,
     )
@@ -83,7 +87,9 @@ def sweep_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         "Strip chart of accuracy per scalarizer over draws, and scatter charts over parameters.",
         "No offline sweep was run.",
     )
-    section.table("sweep_offline", "Offline draws per scalarizer", _SWEEP_COLUMNS, _per_scalarizer(tables))
+    section.table(
+        "sweep_offline", "Offline draws per scalarizer", _SWEEP_COLUMNS, _per_scalarizer(tables)
+    )
     if not tables.sweep_online:
         section.notice(
             "No online sweep was run (set sweep.online_steps above 0 to compare short PPO runs)."
@@ -118,13 +124,15 @@ def _weights(section: Section, tables: RunTables) -> None:
     rows: list[Row] = [
         {
             "principle": name,
-            "meaning": weight_in_words(name, number(row, "weight")),
+            "meaning": weight_in_words(name, interval(row, "weight")),
             "on_judge": number(on_judge, name),
             **row,
         }
         for name, row in sorted(
             (found.get("weights") or {}).items(),
-            key=lambda item: tables.principles.index(item[0]) if item[0] in tables.principles else 99,
+            key=lambda item: (
+                tables.principles.index(item[0]) if item[0] in tables.principles else 99
+            ),
         )
     ]
     section.table("weights", "Weights in figures", _WEIGHT_COLUMNS, rows, collapsed=True)
@@ -134,19 +142,24 @@ def _per_scalarizer(tables: RunTables) -> list[Row]:
     rows: list[Row] = []
     for name in dict.fromkeys(str(row["scalarizer"]) for row in tables.sweep_offline):
         own = [row for row in tables.sweep_offline if row["scalarizer"] == name]
-        values = sorted(number(row, "accuracy") for row in own if row["accuracy"] == row["accuracy"])
+        values = sorted(
+            number(row, "accuracy") for row in own if row["accuracy"] == row["accuracy"]
+        )
         if not values:
             continue
-        best = max(own, key=lambda row: number(row, "accuracy"))
+        best: Row = (tables.sweep_best.get("scalarizers") or {}).get(name) or {}
+        parameters = best.get("parameters") or {}
         rows.append(
             {
                 "scalarizer": name,
                 "draws": len(values),
                 "median": values[len(values) // 2],
-                "worst": values[0],
-                "best": values[-1],
-                "parameter": best["parameter"],
-                "value": number(best, "value"),
+                "lowest": values[0],
+                "highest": values[-1],
+                "chosen": number(best, "accuracy"),
+                "chosen_low": number(best, "low"),
+                "chosen_high": number(best, "high"),
+                "parameter": ", ".join(f"{key} = {value:.3g}" for key, value in parameters.items()),
             }
         )
     return rows
@@ -169,10 +182,10 @@ _SWEEP_COLUMNS = (
     Column("scalarizer", "Scalarizer", NAME),
     Column("draws", "Draws", "{:,.0f}"),
     Column("median", "Median accuracy", "{:.3f}"),
-    Column("worst", "Worst", "{:.3f}"),
-    Column("best", "Best", "{:.3f}"),
-    Column("parameter", "Parameter"),
-    Column("value", "Its value at the best", "{:.3g}"),
+    Column("lowest", "Lowest", "{:.3f}"),
+    Column("highest", "Highest", "{:.3f}"),
+    Column("chosen", "Of the draw chosen on other pairs", "{:.3f}", ("chosen_low", "chosen_high")),
+    Column("parameter", "Its parameter"),
 )
 _ONLINE_COLUMNS = (
     Column("trial", "Trial"),

@@ -15,10 +15,20 @@ import yaml
 from morlaif_ray.artifacts import StageFolder, write_csv, write_json, write_table
 from morlaif_ray.config import parse_config
 
-PRINCIPLES = (
-    "helpfulness ethicality factuality toxicity sycophancy empathy relevance context bias "
-    "understandability detail conciseness"
-).split()
+PRINCIPLES = [
+    "helpfulness",
+    "ethicality",
+    "factuality",
+    "toxicity",
+    "sycophancy",
+    "empathy",
+    "relevance",
+    "context",
+    "bias",
+    "understandability",
+    "detail",
+    "conciseness",
+]
 WEIGHTS = (0.62, 0.31, 0.44, 0.35, -0.41, 0.37, 0.33, 0.21, 0.18, 0.29, 0.12, 0.03)
 SCALARIZERS = {
     "linear": 0.662,
@@ -71,8 +81,11 @@ def write_synthetic_run(
         ("2_feedback", _feedback),
         ("3_preference_models", _preference_models),
         ("4_reward", _reward),
+        ("4_sweep", _sweep),
     ):
-        hashes[name] = _publish(run_dir, name, hashes, lambda folder, w=write: w(folder, rng, testbed))
+        hashes[name] = _publish(
+            run_dir, name, hashes, lambda folder, w=write: w(folder, rng, testbed)
+        )
     hashes["5_policy"] = _publish(
         run_dir, "5_policy", hashes, lambda folder: _policies(folder, rng, testbed, arms, num_steps)
     )
@@ -122,7 +135,12 @@ def _sft(folder, rng, testbed) -> None:
     )
     write_json(
         folder / "metrics.json",
-        {"num_parameters": 349_248, "num_dialogues": 4200, "final_loss": 0.551, "heldout_loss": 0.574},
+        {
+            "num_parameters": 349_248,
+            "num_dialogues": 4200,
+            "final_loss": 0.551,
+            "heldout_loss": 0.574,
+        },
     )
     (folder / "bad_rows.jsonl").write_text("", encoding="utf-8")
 
@@ -237,7 +255,9 @@ def _reward(folder, rng, testbed) -> None:
         },
     )
     entries = [(n, "scalarizer", a, 3560 * 12) for n, a in SCALARIZERS.items()]
-    entries += [(n, "baseline", a, 3560 * (12 if n == "mean_log_odds" else 1)) for n, a in BASELINES.items()]
+    entries += [
+        (n, "baseline", a, 3560 * (12 if n == "mean_log_odds" else 1)) for n, a in BASELINES.items()
+    ]
     entries += [("judge_log_odds", "ceiling", 0.802, 3560 * 12)]
     entries += [("noisy_truth", "bayes", 0.826, 0)] if testbed else []
     write_csv(
@@ -258,7 +278,13 @@ def _reward(folder, rng, testbed) -> None:
     write_csv(
         folder / "accuracy_difference.csv",
         [
-            {"scalarizer": s, "baseline": b, "difference": sa - ba, "low": sa - ba - 0.018, "high": sa - ba + 0.018}
+            {
+                "scalarizer": s,
+                "baseline": b,
+                "difference": sa - ba,
+                "low": sa - ba - 0.018,
+                "high": sa - ba + 0.018,
+            }
             for s, sa in SCALARIZERS.items()
             for b, ba in BASELINES.items()
         ],
@@ -274,11 +300,22 @@ def _reward(folder, rng, testbed) -> None:
     write_csv(
         folder / "drop_one.csv",
         [
-            {"principle": name, "accuracy_without": 0.662 - 0.03 * abs(w), "loss": 0.03 * abs(w) - 0.002}
+            {
+                "principle": name,
+                "accuracy_without": 0.662 - 0.03 * abs(w),
+                "loss": 0.03 * abs(w) - 0.002,
+            }
             for name, w in zip(PRINCIPLES, WEIGHTS, strict=True)
         ],
     )
-    parameters = {"soft_max_min": "temperature", "lower_quantile": "q", "uncertainty_weighted": "lam"}
+
+
+def _sweep(folder, rng, testbed) -> None:
+    parameters = {
+        "soft_max_min": "temperature",
+        "lower_quantile": "q",
+        "uncertainty_weighted": "lam",
+    }
     sweep = []
     for name, accuracy in SCALARIZERS.items():
         for _ in range(48):
@@ -291,11 +328,24 @@ def _reward(folder, rng, testbed) -> None:
                     "parameter": parameters.get(name, ""),
                     "value": value,
                     "weight_scale": float(rng.lognormal(0, 0.5)),
+                    "accuracy_weights": accuracy + drift,
                     "accuracy": accuracy + drift + 0.012 * float(rng.normal()),
                 }
             )
     write_csv(folder / "sweep_offline.csv", sweep)
     write_csv(folder / "sweep_online.csv", [])
+    best = {
+        name: {
+            "trial": "t0001",
+            "parameters": {parameters[name]: 0.5} if name in parameters else {},
+            "accuracy": accuracy + 0.003,
+            "low": accuracy - 0.018,
+            "high": accuracy + 0.024,
+            "num": 1790,
+        }
+        for name, accuracy in SCALARIZERS.items()
+    }
+    write_json(folder / "best.json", {"selected_on": "weights", "scalarizers": best})
 
 
 def _policies(folder, rng, testbed, arms, num_steps) -> None:
@@ -316,7 +366,9 @@ def _policies(folder, rng, testbed, arms, num_steps) -> None:
             "reward_std": [2.0] * num_steps,
         }
         for k, name in enumerate(PRINCIPLES):
-            norm = 0.8 * gain * math.sin(1.7 * k + len(arm)) * ramp + 0.08 * rng.normal(size=num_steps)
+            norm = 0.8 * gain * math.sin(1.7 * k + len(arm)) * ramp + 0.08 * rng.normal(
+                size=num_steps
+            )
             columns[f"raw_{name}"] = (0.1 + 1.2 * norm).tolist()
             columns[f"norm_{name}"] = norm.tolist()
         if testbed:
@@ -393,7 +445,11 @@ def _responses(rng, testbed, arms, num_prompts, text):
         columns["truncated"] += [False] * num_prompts
         noise = rng.normal(size=(len(numeric), num_prompts))
         for row, name in enumerate(numeric):
-            base = {"num_words": words, "oracle_utility": 2.6 + 0.8 * oracle, "well_formed": formed}.get(name, 0.0)
+            base = {
+                "num_words": words,
+                "oracle_utility": 2.6 + 0.8 * oracle,
+                "well_formed": formed,
+            }.get(name, 0.0)
             spread = {"num_words": 3.0, "oracle_utility": 0.8}.get(name, 1.0)
             if name == f"reward_{policy}":
                 base, spread = 0.3 + 2.0 * gain, 2.0
@@ -425,8 +481,11 @@ def _responses(rng, testbed, arms, num_prompts, text):
 def _samples(rng, testbed, arms, text):
     def one(policy: str) -> dict:
         return {
-            "text": text or " i am sorry that you are sad . no , the sun is yellow . it is a star .",
-            "scores": {p: float(rng.normal()) + (0.8 if policy != "sft" else 0.0) for p in PRINCIPLES},
+            "text": text
+            or " i am sorry that you are sad . no , the sun is yellow . it is a star .",
+            "scores": {
+                p: float(rng.normal()) + (0.8 if policy != "sft" else 0.0) for p in PRINCIPLES
+            },
             "true_scores": {p: float(rng.uniform()) for p in PRINCIPLES} if testbed else None,
         }
 

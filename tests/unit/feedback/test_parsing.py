@@ -1,0 +1,63 @@
+"""First-token log-probabilities -> log-odds; what cannot be read is named, never guessed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from morlaif_ray.feedback.client import RawAnswer
+from morlaif_ray.feedback.parsing import letter_of, parse_answer
+
+pytestmark = pytest.mark.unit
+
+
+def raw(top: dict[str, float], refusal: str = "") -> RawAnswer:
+    return RawAnswer(top, "m", 10, 1, refusal)
+
+
+def test_log_odds_is_the_difference_of_the_two_letters() -> None:
+    parsed = parse_answer(raw({"A": math.log(0.6), "B": math.log(0.3), "The": math.log(0.1)}))
+    assert parsed.log_odds == pytest.approx(math.log(2.0))
+    assert parsed.mass == pytest.approx(0.9)
+    assert parsed.reason == ""
+
+
+def test_spellings_of_a_letter_are_summed_as_probabilities() -> None:
+    top = {"A": 0.30, " A": 0.10, "(A": 0.05, "a": 0.05, "B": 0.20, " b": 0.05, "Both": 0.25}
+    parsed = parse_answer(raw({token: math.log(p) for token, p in top.items()}))
+    assert parsed.log_odds == pytest.approx(math.log(0.50 / 0.25))
+    assert parsed.mass == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("token", ["A", " A", "(A", "a", "A.", "A)", '"A"', "**A", "\u0120A", "\u2581A", "\nA"])
+def test_a_spelling_counts_as_the_letter(token: str) -> None:
+    assert letter_of(token) == "A"
+
+
+@pytest.mark.parametrize("token", ["And", "AB", "Both", "", " ", "C", "1", "An"])
+def test_other_tokens_are_no_letter(token: str) -> None:
+    assert letter_of(token) == ""
+
+
+@pytest.mark.parametrize(
+    ("top", "reason", "mass"),
+    [
+        ({"A": math.log(0.8), "The": math.log(0.2)}, "B is not among the top tokens", 0.8),
+        ({"B": math.log(0.7)}, "A is not among the top tokens", 0.7),
+        ({"I": -0.1, "The": -3.0}, "neither A nor B among the top tokens", 0.0),
+        ({}, "no log-probabilities in the answer", 0.0),
+        ({"A": math.log(0.8), "B": -9999.0}, "B is not among the top tokens", 0.8),
+        ({"A": math.nan, "B": math.log(0.5)}, "A is not among the top tokens", 0.5),
+    ],
+)
+def test_a_missing_letter_has_a_reason_and_no_number(top: dict[str, float], reason: str, mass: float) -> None:
+    parsed = parse_answer(raw(top))
+    assert math.isnan(parsed.log_odds)
+    assert parsed.reason == reason
+    assert parsed.mass == pytest.approx(mass)
+
+
+def test_a_refusal_is_unreadable_even_with_letters() -> None:
+    parsed = parse_answer(raw({"A": -0.1, "B": -2.0}, refusal="I will not."))
+    assert (parsed.reason, parsed.mass) == ("the judge refused", 0.0)

@@ -1,0 +1,46 @@
+"""The prompt: what must stand in it, in which order, and that texts cannot break it."""
+
+from __future__ import annotations
+
+import pytest
+
+from morlaif_ray.errors import ConfigError
+from morlaif_ray.feedback.client import Question
+from morlaif_ray.feedback.template import DEFAULT_TEMPLATE, check_template, render
+
+pytestmark = pytest.mark.unit
+
+
+def question(phrase: str, first: str = " one", second: str = " two") -> Question:
+    return Question("\n\nHuman: hi\n\nAssistant:", first, second, "detail", phrase, "ab", b"k" * 16)
+
+
+def test_the_shipped_template_is_valid() -> None:
+    check_template(DEFAULT_TEMPLATE)
+
+
+@pytest.mark.parametrize("name", ["conversation", "first", "second", "question"])
+def test_a_missing_placeholder_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"lacks \{{{name}\}}"):
+        check_template(DEFAULT_TEMPLATE.replace("{" + name + "}", ""))
+
+
+def test_a_repeated_placeholder_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"repeats \{first\}"):
+        check_template("{first}" + DEFAULT_TEMPLATE)
+
+
+def test_the_question_must_come_last_so_that_the_prefix_is_shared() -> None:
+    with pytest.raises(ConfigError, match="put {question} last"):
+        check_template("{question} {conversation} {first} {second}")
+
+
+def test_two_principles_share_everything_up_to_the_phrase() -> None:
+    left = render(DEFAULT_TEMPLATE, question("Which is kinder?"))
+    right = render(DEFAULT_TEMPLATE, question("Which is shorter?"))
+    assert left.split("Which is kinder?")[0] == right.split("Which is shorter?")[0]
+    assert left.index("one") < left.index("two") < left.index("Which is kinder?")
+
+
+def test_braces_in_a_response_are_text() -> None:
+    assert "{question} {first} {0}" in render(DEFAULT_TEMPLATE, question("Q?", first="{question} {first} {0}"))
