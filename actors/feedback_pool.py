@@ -34,6 +34,8 @@ POLL_S = 0.5
 HEARTBEAT_EVERY_S = 1.0
 CALL_TIMEOUT_S = 120.0
 """Longest wait for one call to ledger or limiter, restarts included."""
+LOCK_WAIT_S = 15.0
+"""A killed run's ledger writer needs a moment to go away before its lock counts as another run's."""
 STALL_TIMEOUT_S = 180.0
 """A worker without any sign of life for this long, beyond one request's time-out, is killed and restarted."""
 
@@ -57,6 +59,7 @@ class FeedbackPool:
         max_restarts: int = MAX_RESTARTS,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         call_timeout_s: float = CALL_TIMEOUT_S,
+        lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
         price_for_budget(
             feedback.judge, feedback.budget_usd
@@ -69,6 +72,7 @@ class FeedbackPool:
         self._start_timeout_s = start_timeout_s
         self.max_restarts = max_restarts
         self._call_timeout_s = call_timeout_s
+        self._lock_wait_s = lock_wait_s
         request_s = feedback.judge.request_timeout_s if feedback.judge.kind == "openai" else 0.0
         self.stall_timeout_s = stall_timeout_s + request_s
         self.retry_rounds = feedback.retry_failed
@@ -94,7 +98,11 @@ class FeedbackPool:
         tag = uuid.uuid4().hex[:12]
         ledger_name, limiter_name = f"ledger_writer-{tag}", f"rate_limiter-{tag}"
         self._ledger = spawn_ledger_writer(
-            self._path, self._recipe, name=ledger_name, max_restarts=self.max_restarts
+            self._path,
+            self._recipe,
+            name=ledger_name,
+            max_restarts=self.max_restarts,
+            lock_wait_s=self._lock_wait_s,
         )
         if feedback.requests_per_minute or feedback.tokens_per_minute or feedback.budget_usd:
             self._limiter = spawn_rate_limiter(

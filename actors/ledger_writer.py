@@ -62,7 +62,7 @@ class LedgerWriter:
 
 
 def spawn_ledger_writer(
-    path: Path, recipe: LedgerRecipe, *, name: str, max_restarts: int
+    path: Path, recipe: LedgerRecipe, *, name: str, max_restarts: int, lock_wait_s: float
 ) -> ray.actor.ActorHandle:
     """One per run. Pinned to the driver's node, where the path is."""
     import ray
@@ -76,4 +76,4 @@ def spawn_ledger_writer(
         max_restarts=max_restarts,
         max_task_retries=max_restarts,
         scheduling_strategy=here,
-    ).remote(path, recipe)
+    ).remote(path, recipe, lock_wait_s=lock_wait_s)

@@ -25,9 +25,9 @@ from morlaif_ray.config import Config
 from morlaif_ray.errors import ResourceError
 from morlaif_ray.principles import load_principles
 
-ROLLOUT_CPUS = 0.5
-LEARNER_CPUS = 0.5
-"""Generation and learning of an arm take turns, so that halves fill a laptop's cores."""
+ROLLOUT_CPUS = 0.4
+LEARNER_CPUS = 0.4
+"""Generation and learning of an arm take turns: two arms and the panel fit on two cores (4 x 0.4 + 0.3)."""
 PANEL_CPUS = 0.3
 TRIAL_CPUS = 0.9
 """Just under one, so that a small machine keeps room for supervisors."""

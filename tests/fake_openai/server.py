@@ -23,7 +23,9 @@ MODEL = "fake-judge-2026-01-01"
 TASTE = 0.5
 POSITION_BIAS = 0.7
 HANG_S = 5.0
-_RESPONSES = re.compile(r"<response_A>\n(.*?)\n</response_A>\s*<response_B>\n(.*?)\n</response_B>", re.DOTALL)
+_RESPONSES = re.compile(
+    r"<response_A>\n(.*?)\n</response_A>\s*<response_B>\n(.*?)\n</response_B>", re.DOTALL
+)
 
 STATUS_FAULTS: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {
     "429": (429, {"retry-after": "0.2"}, {"message": "slow down"}),
@@ -50,6 +52,8 @@ class FakeOpenAI:
     num_answered: int = 0
     tokens_billed: int = 0
     default_fault: str = "ok"
+    delay_s: float = 0.0
+    """Every answer takes this long."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -67,7 +71,9 @@ class FakeOpenAI:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
 
     @property
     def url(self) -> str:
@@ -107,6 +113,7 @@ class FakeOpenAI:
             self._answer(request, body, fault)
 
     def _answer(self, request: BaseHTTPRequestHandler, body: dict[str, Any], fault: str) -> None:
+        self._stopping.wait(self.delay_s)
         text = body["messages"][-1]["content"]
         match = _RESPONSES.search(text)
         assert match is not None, text
@@ -145,19 +152,31 @@ def _completion(log_odds: float, fault: str, prompt_tokens: int) -> dict[str, An
         "object": "chat.completion",
         "created": 1,
         "model": MODEL,
-        "choices": [{"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 1, "total_tokens": prompt_tokens + 1},
+        "choices": [
+            {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "length"}
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": 1,
+            "total_tokens": prompt_tokens + 1,
+        },
     }
 
 
 def _send(
-    request: BaseHTTPRequestHandler, status: int, body: dict[str, Any], headers: dict[str, str] | None = None
+    request: BaseHTTPRequestHandler,
+    status: int,
+    body: dict[str, Any],
+    headers: dict[str, str] | None = None,
 ) -> None:
     _send_raw(request, status, json.dumps(body).encode(), headers)
 
 
 def _send_raw(
-    request: BaseHTTPRequestHandler, status: int, payload: bytes, headers: dict[str, str] | None = None
+    request: BaseHTTPRequestHandler,
+    status: int,
+    payload: bytes,
+    headers: dict[str, str] | None = None,
 ) -> None:
     request.send_response(status)
     request.send_header("content-type", "application/json")

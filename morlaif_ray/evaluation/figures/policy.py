@@ -36,6 +36,8 @@ def training_curves(tables: RunTables) -> Figure | None:
         for title, read in panels
         if any(not np.isnan(read(arm)).all() for arm in arms)
     ]
+    if not panels:
+        return None
     rows = -(-len(panels) // 3)
     figure = style.new_figure(0.3 + 2.35 * rows)
     grid = figure.subplots(rows, 3, squeeze=False).flatten()
@@ -46,22 +48,8 @@ def training_curves(tables: RunTables) -> Figure | None:
         axes.grid(axis="y")
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("PPO step", fontsize=8.5)
-        if (
-            title.startswith("KL")
-            and tables.config is not None
-            and tables.config.policy.adaptive_kl
-        ):
-            target = tables.config.policy.kl_target
-            axes.axhline(target, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1.1)
-            axes.annotate(
-                "target",
-                (0.0, target),
-                xycoords=("axes fraction", "data"),
-                xytext=(3, 3),
-                textcoords="offset points",
-                fontsize=8,
-                color=style.GREY,
-            )
+        if title.startswith("KL"):
+            _target_line(axes, tables)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     handles, labels = grid[0].get_legend_handles_labels()
@@ -80,6 +68,23 @@ def training_curves(tables: RunTables) -> Figure | None:
     else:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
+
+
+def _target_line(axes: Axes, tables: RunTables) -> None:
+    """The KL that the adaptive controller steers to."""
+    if tables.config is None or not tables.config.policy.adaptive_kl:
+        return
+    target = tables.config.policy.kl_target
+    axes.axhline(target, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1.1)
+    axes.annotate(
+        "target",
+        (0.0, target),
+        xycoords=("axes fraction", "data"),
+        xytext=(3, -11),
+        textcoords="offset points",
+        fontsize=8,
+        color=style.GREY,
+    )
 
 
 def reward_and_truth(tables: RunTables) -> Figure | None:

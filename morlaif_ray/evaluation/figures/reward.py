@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from morlaif_ray.evaluation.claims import weight_in_words
 from morlaif_ray.evaluation.figures import style
@@ -90,32 +91,33 @@ def scalarizer_accuracy(tables: RunTables) -> Figure | None:
 def ablation(tables: RunTables) -> Figure | None:
     """Accuracy while principles are removed (the paper's Figure 5b), and the loss of removing each one alone."""
     rows, single = tables.ablation, tables.drop_one
-    if not rows and not single:
+    if not rows:
         return None
     figure = style.new_figure(3.6)
-    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1.0])
+    panels = figure.subplots(1, 2 if single else 1, squeeze=False).flatten()
+    removed, value, low, high = np.array(
+        [[number(row, key) for key in ("num_removed", "accuracy", "low", "high")] for row in rows]
+    ).T
+    left = panels[0]
     left.set_title("Removing principles in random order")
-    if rows:
-        removed, value, low, high = np.array(
-            [
-                [number(row, key) for key in ("num_removed", "accuracy", "low", "high")]
-                for row in rows
-            ]
-        ).T
-        left.fill_between(removed, low, high, color=style.BLUE, alpha=0.15, linewidth=0)
-        left.plot(removed, value, "o-", color=style.BLUE, markersize=4.5, markeredgecolor="white")
-        left.axhline(0.5, color=style.GREY, linewidth=1.0, linestyle=(0, (4, 3)))
-        left.grid(axis="y")
+    left.fill_between(removed, low, high, color=style.BLUE, alpha=0.15, linewidth=0)
+    left.plot(removed, value, "o-", color=style.BLUE, markersize=4.5, markeredgecolor="white")
+    left.axhline(0.5, color=style.GREY, linewidth=1.0, linestyle=(0, (4, 3)))
+    left.grid(axis="y")
     left.set(xlabel="principles removed", ylabel="accuracy against the human label")
-    right.set_title("Removing one principle")
-    ranked = sorted(single, key=lambda row: -number(row, "loss"))
+    if single:
+        _losses(panels[1], sorted(single, key=lambda row: -number(row, "loss")))
+    return figure
+
+
+def _losses(axes: Axes, ranked: list[Row]) -> None:
     loss = np.array([100 * number(row, "loss") for row in ranked])
     colours = [style.BLUE if value > 0 else style.GREY for value in loss]
-    right.barh(np.arange(len(loss)), loss, color=colours, height=0.62)
-    right.axvline(0.0, color=style.GREY, linewidth=1.0)
-    style.name_rows(right, [readable(str(row["principle"])) for row in ranked])
-    right.set_xlabel("accuracy lost (points)")
-    return figure
+    axes.set_title("Removing one principle")
+    axes.barh(np.arange(len(loss)), loss, color=colours, height=0.62)
+    axes.axvline(0.0, color=style.GREY, linewidth=1.0)
+    style.name_rows(axes, [readable(str(row["principle"])) for row in ranked])
+    axes.set_xlabel("accuracy lost (points)")
 
 
 def sweep(tables: RunTables) -> Figure | None:
@@ -149,6 +151,8 @@ def sweep(tables: RunTables) -> Figure | None:
         axes.set_xlabel(str(own[0]["parameter"]))
         if own[0]["parameter"] == "temperature":
             axes.set_xscale("log")  # drawn over orders of magnitude
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
         axes.grid(axis="y")
         axes.locator_params(axis="y", nbins=5)

@@ -43,6 +43,8 @@ def win_rate_matrix(tables: RunTables) -> Figure | None:
         [[number(tables.win_row(one, two), "win_rate") for two in names] for one in names]
     )
     np.fill_diagonal(values, np.nan)
+    if np.isnan(values).all():
+        return None
     figure = style.new_figure(1.5 + 0.4 * len(names))
     axes = figure.add_subplot()
     shown = [readable(name) for name in names]
@@ -54,7 +56,10 @@ def win_rate_matrix(tables: RunTables) -> Figure | None:
 
 def _against(tables: RunTables, opponent: str) -> list[Row]:
     rows = [tables.win_row(arm.name, opponent) for arm in tables.arms if arm.name != opponent]
-    return sorted((row for row in rows if row), key=lambda row: -number(row, "win_rate"))
+    return sorted(
+        (row for row in rows if number(row, "num_prompts") > 0),
+        key=lambda row: -number(row, "win_rate"),
+    )
 
 
 def _stacked(axes: Axes, rows: list[Row]) -> None:

@@ -99,7 +99,9 @@ def win_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         return section
     judges = sorted({str(row.get("judge") or "-") for row in tables.win_rates})
     prompts = sorted({int(n) for row in tables.win_rates if (n := number(row, "num_prompts")) == n})
-    spread = f"{prompts[0]:,}" if len(set(prompts)) == 1 else f"{prompts[0]:,} to {prompts[-1]:,}"
+    spread = (
+        " to ".join(f"{count:,}" for count in dict.fromkeys([*prompts[:1], *prompts[-1:]])) or "-"
+    )
     section.text(f"Judge: {', '.join(judges)}. Prompts per comparison: {spread}.")
     section.picture(
         "win_rates",

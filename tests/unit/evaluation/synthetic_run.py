@@ -187,7 +187,7 @@ def _feedback(folder, rng, testbed) -> None:
             "by_principle": by_principle,
         },
     )
-    latent = rng.normal(size=(12, 3)) + 0.4
+    latent = rng.normal(size=(len(PRINCIPLES), 3)) + 0.4
     corr = latent @ latent.T
     scale = np.sqrt(np.diag(corr))
     corr = corr / np.outer(scale, scale)

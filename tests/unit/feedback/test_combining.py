@@ -75,7 +75,9 @@ def test_one_random_slot_is_corrected_by_the_fitted_bias() -> None:
     answers = [("ab", answer(1.5))] * 5 + [("ba", answer(-0.5))] * 5
     bias = fit_position_bias("detail", answers, RULE)  # type: ignore[arg-type]
     assert bias == pytest.approx(0.5)
-    assert combine_single("p", "detail", "ab", answer(1.5), bias, RULE).log_odds == pytest.approx(1.0)
+    assert combine_single("p", "detail", "ab", answer(1.5), bias, RULE).log_odds == pytest.approx(
+        1.0
+    )
     flipped = combine_single("p", "detail", "ba", answer(-0.5), bias, RULE)
     assert flipped.log_odds == pytest.approx(1.0)
     assert math.isnan(flipped.position_bias)
@@ -83,5 +85,7 @@ def test_one_random_slot_is_corrected_by_the_fitted_bias() -> None:
 
 def test_too_few_answers_to_fit_a_bias_say_what_to_write() -> None:
     answers = [("ab", answer(1.0))] * 9 + [("ba", answer(1.0, mass=0.1))] * 9
-    with pytest.raises(FeedbackError, match=r"'detail' has only 0 usable answers .* write orders: both"):
+    with pytest.raises(
+        FeedbackError, match=r"'detail' has only 0 usable answers .* write orders: both"
+    ):
         fit_position_bias("detail", answers, RULE)  # type: ignore[arg-type]

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.unit
 
 def row(key: bytes, log_odds: float = 1.0, cost_usd: float = 0.01) -> LedgerRow:
     reason = "refused" if math.isnan(log_odds) else ""
-    return LedgerRow(key, "pair", "detail", "ab", log_odds, 0.9, reason, "{}", "m", 100, 1, cost_usd, 0.1, 1)
+    return LedgerRow(
+        key, "pair", "detail", "ab", log_odds, 0.9, reason, "{}", "m", 100, 1, cost_usd, 0.1, 1
+    )
 
 
 def opened(path: Path) -> Ledger:
@@ -64,7 +66,9 @@ def test_failures_are_listed_and_leave_with_their_answer(tmp_path: Path) -> None
 
 def test_a_second_run_on_the_same_ledger_is_refused_in_one_line(tmp_path: Path) -> None:
     ledger = opened(tmp_path / "l.sqlite")
-    with pytest.raises(FeedbackError, match=rf"in use by another run \(process {os.getpid()} on .*ledger_path"):
+    with pytest.raises(
+        FeedbackError, match=rf"in use by another run \(process {os.getpid()} on .*ledger_path"
+    ):
         Ledger(tmp_path / "l.sqlite", lock_wait_s=0.0)
     ledger.close()
     opened(tmp_path / "l.sqlite").close()
@@ -81,7 +85,9 @@ def test_a_killed_process_leaves_its_answers_and_no_lock(tmp_path: Path) -> None
         "ledger.append('recipe', [LedgerRow(b'1', 'p', 'd', 'ab', 1.0, 0.9, '', '{}', 'm', 1, 1, 0.0, 0.1, 1)])\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=False, cwd=Path(__file__).parents[3])
+    subprocess.run(
+        [sys.executable, "-c", code, str(path)], check=False, cwd=Path(__file__).parents[3]
+    )
     ledger = opened(path)
     assert set(ledger.lookup([b"1"])) == {b"1"}
     ledger.close()
@@ -108,7 +114,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     ledger.append("recipe", [row(b"1")])
     pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
     ledger._db.execute(f"PRAGMA max_page_count={pages}")  # SQLite's own way to run out of space
-    with pytest.raises(FeedbackError, match="full.*free some space"):
+    with pytest.raises(FeedbackError, match=r"full.*free some space"):
         ledger.append("recipe", [row(bytes([i, j])) for i in range(100) for j in range(100)])
     assert set(ledger.lookup([b"1"])) == {b"1"}
     assert ledger.spent_usd == pytest.approx(0.01)

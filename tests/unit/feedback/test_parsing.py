@@ -30,7 +30,9 @@ def test_spellings_of_a_letter_are_summed_as_probabilities() -> None:
     assert parsed.mass == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize("token", ["A", " A", "(A", "a", "A.", "A)", '"A"', "**A", "\u0120A", "\u2581A", "\nA"])
+@pytest.mark.parametrize(
+    "token", ["A", " A", "(A", "a", "A.", "A)", '"A"', "**A", "\u0120A", "\u2581A", "\nA"]
+)
 def test_a_spelling_counts_as_the_letter(token: str) -> None:
     assert letter_of(token) == "A"
 
@@ -51,7 +53,9 @@ def test_other_tokens_are_no_letter(token: str) -> None:
         ({"A": math.nan, "B": math.log(0.5)}, "A is not among the top tokens", 0.5),
     ],
 )
-def test_a_missing_letter_has_a_reason_and_no_number(top: dict[str, float], reason: str, mass: float) -> None:
+def test_a_missing_letter_has_a_reason_and_no_number(
+    top: dict[str, float], reason: str, mass: float
+) -> None:
     parsed = parse_answer(raw(top))
     assert math.isnan(parsed.log_odds)
     assert parsed.reason == reason

@@ -7,14 +7,25 @@ import math
 import pytest
 
 from actors.rate_limiter import RateLimiter
-from morlaif_ray.feedback.rate import Cost, LimiterState, empty_bucket, grant, pause, refill, settle, wait_for
+from morlaif_ray.feedback.rate import (
+    Cost,
+    LimiterState,
+    empty_bucket,
+    grant,
+    pause,
+    refill,
+    settle,
+    wait_for,
+)
 
 pytestmark = pytest.mark.unit
 ONE = Cost(tokens=100.0, usd=0.0)
 NOTHING = Cost(0.0, 0.0)
 
 
-def limited(requests_per_minute: float | None = None, tokens_per_minute: float | None = None) -> LimiterState:
+def limited(
+    requests_per_minute: float | None = None, tokens_per_minute: float | None = None
+) -> LimiterState:
     return LimiterState(
         requests=empty_bucket(requests_per_minute, 0.0) if requests_per_minute else None,
         tokens=empty_bucket(tokens_per_minute, 0.0) if tokens_per_minute else None,

@@ -43,7 +43,9 @@ def test_the_last_attempt_gives_up_and_counts() -> None:
 
 
 def test_a_bad_request_is_not_repeated() -> None:
-    assert decide(AttemptError("bad_request", "too long"), 1, POLICY, 0.5) == GiveUp("bad_request: too long")
+    assert decide(AttemptError("bad_request", "too long"), 1, POLICY, 0.5) == GiveUp(
+        "bad_request: too long"
+    )
 
 
 @pytest.mark.parametrize("kind", ["auth", "not_found", "quota"])
@@ -62,5 +64,7 @@ def test_what_no_retry_can_mend_ends_everything_at_once(kind: str) -> None:
         ({}, None),
     ],
 )
-def test_retry_after_header_in_all_its_forms(headers: dict[str, str], seconds: float | None) -> None:
+def test_retry_after_header_in_all_its_forms(
+    headers: dict[str, str], seconds: float | None
+) -> None:
     assert retry_after_s(headers, now_s=60.0) == seconds

@@ -1,0 +1,293 @@
+"""The pool on a real local Ray: killed actors cost nothing but time, errors arrive as one line, runs resume."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.feedback_pool import FeedbackPool
+from actors.ledger_writer import LedgerRecipe
+from jobs import collect_feedback
+from jobs.context import JobContext, open_run
+from jobs.progress import Reporter
+from morlaif_ray.artifacts import StageFolder, read_json, read_records, write_records
+from morlaif_ray.config import parse_config
+from morlaif_ray.config.judging import FeedbackConfig
+from morlaif_ray.errors import ActorLostError, DataError, FeedbackError
+from morlaif_ray.feedback.questions import PairBatch, QuestionPlan, split_batches
+from morlaif_ray.types import Judgement, ResponsePair
+from tests.fake_openai.server import KEY, FakeOpenAI
+from tests.unit.feedback.fakes import PLAN, make_pairs
+
+pytestmark = pytest.mark.actors
+KEY_ENV = "MORLAIF_TEST_JUDGE_KEY"
+RECIPE = LedgerRecipe(PLAN.recipe, "{}", "template")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", KEY_ENV: KEY}
+    os.environ["PYTHONPATH"] = str(
+        Path(__file__).parents[2]
+    )  # actors import the checkout under test
+    folder = tempfile.mkdtemp(prefix="fb-", dir="/tmp")  # Ray's socket paths must be short
+    token = Path(folder, "token")
+    token.touch(mode=0o600)
+    token.write_text("0123456789abcdef" * 4)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 * 1024**2,
+        _temp_dir=folder,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def api(server: FakeOpenAI, **changes: object) -> FeedbackConfig:
+    judge = {"kind": "openai", "model": "fake", "base_url": server.url, "api_key_env": KEY_ENV}
+    values = {"judge": judge, "max_in_flight": 4, "num_workers": 2}
+    return FeedbackConfig.model_validate(values | changes)
+
+
+def pool_of(feedback: FeedbackConfig, path: Path, **changes: float) -> FeedbackPool:
+    return FeedbackPool(feedback, PLAN, path, RECIPE, seed=0, start_timeout_s=120.0, **changes)  # type: ignore[arg-type]
+
+
+def batches(count: int, plan: QuestionPlan = PLAN) -> list[PairBatch]:
+    return list(split_batches(make_pairs(count), plan, questions_per_batch=40))
+
+
+def recorded(path: Path) -> int:
+    """Rows in the ledger, read beside its writer."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        try:
+            return int(db.execute("SELECT count(*) FROM answers").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
+
+
+def kill_when(path: Path, rows: int, victim: object) -> threading.Thread:
+    """Kills the actor's process as the system would, once so many answers are recorded; Ray may restart it."""
+    import ray
+
+    return when_recorded(path, rows, lambda: ray.kill(victim, no_restart=False))
+
+
+def when_recorded(path: Path, rows: int, act: Callable[[], object]) -> threading.Thread:
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + 60.0
+        while (not path.exists() or recorded(path) < rows) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait_and_act, daemon=True)
+    thread.start()
+    return thread
+
+
+def check_answers(outcomes: list, count: int) -> None:  # type: ignore[type-arg]
+    """response_a has i + 1 words, response_b two; the server's taste is 0.5 nats a word, its bias 0.7."""
+    found = [value for outcome in outcomes for value in outcome.log_odds_N.tolist()]
+    expected = [sign * 0.5 * (i - 1) + 0.7 for i in range(count) for sign in (1, 1, -1, -1)]
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("victim", ["worker", "ledger"])
+def test_a_killed_actor_loses_no_answer_and_pays_none_twice(
+    local_ray: None, tmp_path: Path, victim: str
+) -> None:
+    path = tmp_path / "l.sqlite"
+    with FakeOpenAI(delay_s=0.02) as server, pool_of(api(server), path) as pool:
+        killer = kill_when(path, 40, pool.workers[0] if victim == "worker" else pool._ledger)
+        advanced: list[int] = []
+        outcomes = pool.answer(batches(60), advanced.append)
+        killer.join(timeout=60)
+        check_answers(outcomes, 60)
+        assert recorded(path) == 240
+        assert sum(advanced) == 240
+        # What was in flight in the killed worker may be asked again, nothing else.
+        assert 240 <= server.num_answered <= 240 + 2 * pool_in_flight(victim)
+
+
+def pool_in_flight(victim: str) -> int:
+    """Requests in flight, or answered within the last flush interval, when a worker dies."""
+    return 30 if victim == "worker" else 0
+
+
+def test_a_worker_that_dies_beyond_its_budget_ends_the_run_and_the_next_run_resumes(
+    local_ray: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "l.sqlite"
+    with FakeOpenAI(delay_s=0.02) as server:
+        feedback = api(server, num_workers=1)
+        with pool_of(feedback, path, max_restarts=0) as pool:
+            kill_when(path, 20, pool.workers[0])
+            with pytest.raises(
+                ActorLostError, match=r"died more often than its 0 restarts allow.*nothing recorded"
+            ):
+                pool.answer(batches(40))
+        before = recorded(path)
+        assert 0 < before < 160
+        answered = server.num_answered
+        with pool_of(feedback, path) as pool:
+            assert pool.num_recorded_before == before
+            check_answers(pool.answer(batches(40)), 40)
+        assert server.num_answered - answered == 160 - before
+
+
+def test_a_worker_that_hangs_is_killed_and_its_batch_is_done_by_its_successor(
+    local_ray: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "l.sqlite"
+    with FakeOpenAI(delay_s=0.02) as server:
+        judge = {"kind": "openai", "model": "m", "base_url": server.url, "api_key_env": KEY_ENV}
+        feedback = api(server, num_workers=1, judge=judge | {"request_timeout_s": 1.0})
+        with pool_of(feedback, path, stall_timeout_s=3.0) as pool:
+            workers = [
+                child
+                for child in psutil.Process().children(recursive=True)
+                if child.name().startswith("ray::FeedbackWo")
+            ]
+            assert len(workers) == 1
+            freezer = when_recorded(path, 20, workers[0].suspend)
+            check_answers(pool.answer(batches(40)), 40)
+            freezer.join(timeout=60)
+        assert recorded(path) == 160
+
+
+def test_failed_questions_are_asked_again_in_an_extra_round(
+    local_ray: None, tmp_path: Path
+) -> None:
+    with FakeOpenAI() as server:
+        server.faults.extend(["400"] * 3)
+        feedback = api(server, retry_failed=1)
+        with pool_of(feedback, tmp_path / "l.sqlite") as pool:
+            check_answers(pool.answer(batches(5)), 5)
+        assert server.num_answered == 20
+
+
+def test_limits_are_kept_by_one_limiter_for_all_workers(local_ray: None, tmp_path: Path) -> None:
+    with FakeOpenAI() as server:
+        feedback = api(server, requests_per_minute=1200.0)  # 20 a second
+        with pool_of(feedback, tmp_path / "l.sqlite") as pool:
+            started_s = time.monotonic()
+            check_answers(pool.answer(batches(15)), 15)
+            assert (
+                time.monotonic() - started_s > 60 / 20 - 1.0 - 0.2
+            )  # one second's burst is allowed
+
+
+def test_a_second_run_on_the_same_ledger_hears_one_line(local_ray: None, tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    with (
+        FakeOpenAI() as server,
+        pool_of(api(server, num_workers=1), path),
+        pytest.raises(FeedbackError, match="in use by another run"),
+        pool_of(api(server, num_workers=1), path, lock_wait_s=0.5),
+    ):
+        pass
+
+
+def test_a_missing_key_reaches_the_driver_as_one_line(local_ray: None, tmp_path: Path) -> None:
+    with FakeOpenAI() as server:
+        judge = {
+            "kind": "openai",
+            "model": "m",
+            "base_url": server.url,
+            "api_key_env": "NO_SUCH_KEY_HERE",
+        }
+        with (
+            pytest.raises(
+                FeedbackError, match=r"^environment variable NO_SUCH_KEY_HERE is not set"
+            ),
+            pool_of(api(server, judge=judge), tmp_path / "l.sqlite"),
+        ):
+            pass
+        assert server.bodies == []
+
+
+def run_of(run_dir: Path, pairs: list[ResponsePair], **feedback: object) -> JobContext:
+    config = parse_config(
+        {"feedback": {"judge": {"kind": "rules", "measures": "lexical"}} | feedback}, "test"
+    )
+    context = open_run(config, run_dir, Reporter(quiet=True))
+    stage = StageFolder(run_dir.absolute(), "1_pairs", config_part={}, inputs={}, seed=0)
+    with stage.writing() as folder:
+        write_records(folder / "pairs.parquet", pairs, ResponsePair)
+    return context
+
+
+def test_the_job_writes_its_stage_and_the_same_command_skips_it(
+    local_ray: None, tmp_path: Path
+) -> None:
+    context = run_of(tmp_path / "run", make_pairs(30))
+    collect_feedback.run(context)
+    folder = tmp_path / "run" / "2_feedback"
+    judgements = read_records(folder / "judgements.parquet", Judgement)
+    pairs = [pair for pair in make_pairs(30) if pair.response_a != pair.response_b]
+    assert len(judgements) == len(pairs) * (12 + 1 + 1)
+    summary = read_json(folder / "summary.json")
+    assert summary["num_questions"] == len(pairs) * 13 * 2
+    assert summary["judge"] == "rules/lexical-1"
+    assert summary["by_principle"]["detail"]["mean_position_bias"] == pytest.approx(0.4, abs=1e-6)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "judgements.parquet",
+        "random_assignment.parquet",
+        "summary.json",
+        "agreement.csv",
+        "correlation.csv",
+        "manifest.json",
+    }
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    collect_feedback.run(context)
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_same_seed_and_pairs_give_the_same_bytes_however_often_the_run_was_interrupted(
+    local_ray: None, tmp_path: Path
+) -> None:
+    for name, workers in (("one", 1), ("two", 2)):
+        collect_feedback.run(run_of(tmp_path / name, make_pairs(20), num_workers=workers))
+    shutil.rmtree(
+        tmp_path / "two" / "2_feedback"
+    )  # as if it had died before publishing: the ledger has it all
+    collect_feedback.run(run_of(tmp_path / "two", make_pairs(20), num_workers=2))
+    for file in ("judgements.parquet", "summary.json", "agreement.csv", "correlation.csv"):
+        left, right = (tmp_path / name / "2_feedback" / file for name in ("one", "two"))
+        assert left.read_bytes() == right.read_bytes()
+
+
+def test_too_many_missing_answers_end_the_stage_with_the_reason(
+    local_ray: None, tmp_path: Path
+) -> None:
+    judge = {"kind": "rules", "measures": "lexical", "fault_share": 0.5}
+    with pytest.raises(
+        FeedbackError, match=r"judgements are missing .* neither A nor B among the top tokens"
+    ):
+        collect_feedback.run(run_of(tmp_path / "run", make_pairs(20), judge=judge))
+    assert not (tmp_path / "run" / "2_feedback").exists()
+
+
+def test_pairs_of_identical_responses_only_are_a_data_error(tmp_path: Path) -> None:
+    pairs = [pair for pair in make_pairs(5) if pair.response_a.strip() == "word"]
+    same = [ResponsePair(p.pair_id, p.prompt_id, p.prompt, " x", " x", "test", 1.0) for p in pairs]
+    with pytest.raises(DataError, match="both responses are identical"):
+        collect_feedback.run(run_of(tmp_path / "run", same))

@@ -1,0 +1,250 @@
+"""Placement is a pure function of the config, and an impossible plan says what to reduce."""
+
+import math
+from typing import Any
+
+import pytest
+
+from actors.memory import (
+    GB,
+    Load,
+    ModelShape,
+    generation_gb,
+    scoring_gb,
+    shape_of,
+    trainable_parameters,
+    training_gb,
+    weights_gb,
+)
+from actors.placement import (
+    Available,
+    Bundle,
+    Plan,
+    check_plan,
+    intended_cluster,
+    pack_gpus,
+    plan_bundles,
+    trained_models,
+)
+from morlaif_ray.config import Config, parse_config
+from morlaif_ray.config.inputs import LoraConfig
+from morlaif_ray.errors import ResourceError
+
+
+def config_with(**sections: Any) -> Config:
+    return parse_config(sections, "test")
+
+
+def bundle(phase: str = "5_policy", **fields: Any) -> Bundle:
+    defaults = {"role": "PPO learner", "count": 1, "cpus": 1.0, "gpus": 0.0, "memory_gb": 1.0}
+    return Bundle(phase, **{**defaults, "reduce": "policy.learner_ranks", **fields})
+
+
+def by_role(plan: Plan, phase: str) -> dict[str, Bundle]:
+    return {item.role: item for item in plan.of(phase)}
+
+
+def test_the_default_has_one_actor_per_principle_and_arm_baseline() -> None:
+    plan = plan_bundles(config_with())
+    policy = by_role(plan, "5_policy")
+    assert policy["preference model"].count == 13  # 12 principles and the single-PM arm
+    assert policy["PPO learner"].count == policy["rollout worker"].count == 1
+
+
+def test_a_shared_trunk_in_one_actor_is_one_process() -> None:
+    config = config_with(preference={"topology": "shared_trunk", "panel_placement": "one_actor"})
+    plan = plan_bundles(config)
+    assert by_role(plan, "5_policy")["preference model"].count == 1
+    assert trained_models(config) == 1 + 4  # the trunk and the four default baselines
+
+
+def test_best_principle_trains_no_model_of_its_own() -> None:
+    arms = [{"name": "linear", "scalarizer": "linear"}]
+    config = config_with(preference={"baselines": ["best_principle"]}, policy={"arms": arms})
+    assert trained_models(config) == 12
+
+
+def test_concurrent_arms_multiply_learners_and_rollout_workers() -> None:
+    plan = plan_bundles(config_with(policy={"concurrent_arms": 2, "num_rollout_workers": 3}))
+    policy = by_role(plan, "5_policy")
+    assert policy["PPO learner"].count == 2
+    assert policy["rollout worker"].count == 6
+
+
+def test_stages_that_are_switched_off_need_nothing() -> None:
+    plan = plan_bundles(config_with(sft={"enabled": False}, sweep={"enabled": False}))
+    assert "0_sft" not in plan.phases
+    assert "4_reward" not in plan.phases
+
+
+def test_a_rate_limiter_is_planned_only_where_there_is_a_limit() -> None:
+    free = by_role(plan_bundles(config_with()), "2_feedback")
+    bound = by_role(plan_bundles(config_with(feedback={"requests_per_minute": 60})), "2_feedback")
+    assert "rate limiter" not in free
+    assert "rate limiter" in bound
+
+
+def test_phases_do_not_add_up_because_they_do_not_overlap() -> None:
+    plan = Plan((bundle("0_sft", count=3), bundle("5_policy", count=2)))
+    assert plan.peak_cpus == 3.0
+    check_plan(plan, Available(cpus=3.0, gpus=0.0))
+
+
+def test_trials_wait_for_one_another_so_one_must_fit() -> None:
+    plan = Plan((bundle(count=8, gpus=1.0, waits=True),))
+    assert (plan.peak_cpus, plan.peak_gpus) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus"),
+    [
+        ([], 0),
+        ([0.0, 0.0], 0),
+        ([0.25] * 13, 4),
+        ([0.1] * 13, 2),
+        ([0.3] * 4, 2),  # three to a GPU
+        ([0.5] * 14, 7),
+        ([1.0, 1.0, 0.5, 0.5], 3),
+        ([4.0, 0.25], 5),
+        ([1 / 3] * 3, 1),
+    ],
+)
+def test_fractions_pack_onto_gpus_and_never_straddle_two(wanted: list[float], gpus: int) -> None:
+    assert pack_gpus(wanted) == gpus
+
+
+def test_too_few_cpus_says_what_is_needed_what_is_there_and_what_to_reduce() -> None:
+    plan = Plan(
+        (bundle(count=4, cpus=0.5), bundle(role="preference model", cpus=0.3, reduce="x.y"))
+    )
+    with pytest.raises(ResourceError) as caught:
+        check_plan(plan, Available(cpus=2.0, gpus=0.0))
+    assert caught.value.message == (
+        "5_policy needs 2.3 CPUs (4 x PPO learner at 0.5 CPU, 1 x preference model at 0.3 CPU), there are 2; "
+        "reduce policy.learner_ranks or x.y, or add CPUs (a local Ray: cluster.num_cpus)"
+    )
+
+
+def test_too_few_gpus_names_only_what_holds_a_gpu() -> None:
+    plan = Plan((bundle(count=2, gpus=1.0), bundle(role="rollout worker", reduce="x.y")))
+    with pytest.raises(ResourceError) as caught:
+        check_plan(plan, Available(cpus=8.0, gpus=1.0))
+    assert caught.value.message == (
+        "5_policy needs 2 GPUs (2 x PPO learner at 1 GPU), there are 1; reduce policy.learner_ranks, or add nodes"
+    )
+
+
+def test_one_process_must_fit_on_one_node() -> None:
+    plan = Plan((bundle(gpus=16.0),))
+    with pytest.raises(ResourceError, match="one PPO learner needs 16 GPUs, a node has 8"):
+        check_plan(plan, Available(cpus=None, gpus=math.inf, gpus_per_node=8))
+
+
+def test_a_process_must_fit_into_its_share_of_a_gpu() -> None:
+    plan = Plan((bundle(gpus=0.25, memory_gb=21.0),))
+    with pytest.raises(ResourceError) as caught:
+        check_plan(plan, Available(cpus=None, gpus=8.0, gpu_memory_gb=80.0))
+    assert caught.value.message == (
+        "5_policy: one PPO learner needs about 21.0 GB, its share of a GPU (0.25 of 80 GB) is 20.0 GB; "
+        "change policy.learner_ranks"
+    )
+
+
+def test_an_unknown_model_is_planned_and_not_judged() -> None:
+    config = config_with(
+        model={"kind": "pretrained", "path": "someone/model"},
+        policy={"learner_gpus_per_rank": 1.0},
+        cluster={"num_gpus_per_node": 8, "gpu_memory_gb": 1},
+    )
+    plan = plan_bundles(config)
+    assert math.isnan(by_role(plan, "5_policy")["PPO learner"].memory_gb)
+    available = intended_cluster(config)
+    assert available is not None
+    check_plan(plan, available)
+
+
+def test_a_scratch_models_parameters_are_those_of_gpt2() -> None:
+    shape = shape_of(
+        config_with(
+            model={
+                "kind": "scratch",
+                "width": 4,
+                "num_layers": 2,
+                "num_heads": 2,
+                "vocabulary_size": 10,
+                "max_length": 8,
+            }
+        ).model
+    )
+    # embeddings (10+8)*4 = 72; a block: attention 4*16+16, MLP 8*16+20, norms 16 = 244; final norm 8
+    assert shape is not None
+    assert shape.num_parameters == 72 + 2 * 244 + 8
+
+
+def test_known_hub_models_need_no_numbers_and_given_numbers_win() -> None:
+    known = shape_of(config_with(model={"kind": "pretrained", "path": "gpt2-xl"}).model)
+    given = shape_of(
+        config_with(model={"kind": "pretrained", "path": "gpt2-xl", "num_parameters": 1e9}).model
+    )
+    assert known is not None
+    assert given is not None
+    assert (known.num_layers, known.width, known.num_parameters) == (48, 1600, 1.5576e9)
+    assert (given.num_layers, given.num_parameters) == (48, 1e9)
+
+
+SHAPE = ModelShape(
+    num_parameters=GB, num_layers=2, width=1024, vocabulary_size=1024, bytes_per_weight=2
+)
+
+
+def test_weights_take_their_bytes_divided_by_the_shards() -> None:
+    assert weights_gb(SHAPE) == 2.0
+    assert weights_gb(SHAPE, shards=4) == 0.5
+
+
+def test_full_training_holds_weights_gradients_and_two_moments() -> None:
+    # 2 GB weights + 3 x 2 GB; activations 32*512*17*2*1024*2 bytes = 1.0625 GB; process 0.3 GB
+    assert training_gb(SHAPE, Load(32, 512)) == pytest.approx(2 + 6 + 1.0625 + 0.3)
+
+
+def test_gradient_checkpointing_keeps_one_layer_in_full() -> None:
+    # (2 + 17) instead of 17*2 layer inputs: 32*512*19*1024*2 bytes = 0.59375 GB
+    assert training_gb(SHAPE, Load(32, 512), checkpointing=True) == pytest.approx(8.89375)
+
+
+def test_lora_trains_few_parameters_in_float32() -> None:
+    lora = LoraConfig(rank=8)
+    assert trainable_parameters(SHAPE, lora) == 18 * 8 * 2 * 1024
+    assert trainable_parameters(SHAPE, LoraConfig(rank=8, target_modules=["q"])) == 6 * 8 * 2 * 1024
+    states = 18 * 8 * 2 * 1024 * 12 / GB
+    assert training_gb(SHAPE, Load(0, 0), lora=lora) == pytest.approx(2 + states + 0.3)
+
+
+def test_a_reference_copy_and_shards_count() -> None:
+    # (2 + 2 + 6) / 4 GB, then 10% and the 1 GB context of a GPU
+    memory = training_gb(SHAPE, Load(0, 0), frozen_copies=1, shards=4, on_gpu=True)
+    assert memory == pytest.approx(2.5 * 1.1 + 1.0)
+
+
+def test_generation_holds_weights_and_the_kv_cache() -> None:
+    # 2*2*1024*2 bytes per token * 16 * 4096 tokens = 0.5 GB; logits 16*1024*12 bytes
+    memory = generation_gb(SHAPE, Load(16, 4096))
+    assert memory == pytest.approx(2 + 0.5 + 16 * 1024 * 12 / GB + 0.3)
+
+
+def test_scoring_holds_every_models_weights_and_one_layer() -> None:
+    # 32*512*17*1024*2 bytes = 0.53125 GB
+    assert scoring_gb(SHAPE, Load(32, 512), num_models=3) == pytest.approx(6 + 0.53125 + 0.3)
+
+
+def test_the_plan_reserves_what_the_actors_reserve() -> None:
+    from actors import placement, ppo_learner, preference_panel, preference_trials, rollout_pool
+    from actors.feedback_worker import worker_cpus
+
+    assert ppo_learner.LEARNER_CPUS == placement.LEARNER_CPUS
+    assert rollout_pool.ROLLOUT_CPUS == placement.ROLLOUT_CPUS
+    assert preference_panel.PANEL_CPUS == placement.PANEL_CPUS
+    assert preference_trials.TRIAL_CPUS == placement.TRIAL_CPUS
+    config = config_with()
+    planned = by_role(plan_bundles(config), "2_feedback")["feedback worker"]
+    assert worker_cpus(config.feedback) == planned.cpus
