@@ -52,7 +52,8 @@ class Arm:
         self.panel = panel
         self.step = 0
         self.num_steps = config.num_steps or context.config.policy.num_steps
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        """Wall seconds of the phases of the last step."""
         self._rows: list[dict[str, float]] = []
         self._restarts = 0
         self._missing = self._scores = 0
@@ -93,7 +94,7 @@ class Arm:
         ]
         settings = SamplingSettings(policy.max_new_tokens, policy.temperature, tuple(policy.stop))
         batch = self._rollouts.generate(requests, settings)
-        self._seconds["seconds_generate"] = time.monotonic() - started
+        self.seconds["seconds_generate"] = time.monotonic() - started
         return batch
 
     def score(self, batch: RolloutBatch) -> ScoredBatch:
@@ -112,7 +113,7 @@ class Arm:
             )
         reward_B = result.reward_B - self.context.config.policy.truncation_penalty * batch.truncated_B
         principles = raw[:, self._principle_columns]
-        self._seconds["seconds_score"] = time.monotonic() - started
+        self.seconds["seconds_score"] = time.monotonic() - started
         return ScoredBatch(
             reward_B, principles, self._all_principles.normaliser.apply(principles), time.monotonic() - started
         )
@@ -132,7 +133,7 @@ class Arm:
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             self._restore_learner(error)
             return None
-        self._seconds["seconds_update"] = time.monotonic() - started
+        self.seconds["seconds_update"] = time.monotonic() - started
         return {**metrics, **self._observations(batch, scored)}
 
     def refresh(self, step: int) -> None:
@@ -140,12 +141,15 @@ class Arm:
         started = time.monotonic()
         self.step = step
         self._rollouts.load_weights(self._learner.weights.remote(), step)
-        self._seconds["seconds_refresh"] = time.monotonic() - started
+        self.seconds["seconds_refresh"] = time.monotonic() - started
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a row to the arm's log, which survives a kill."""
-        metrics |= self._seconds
+        """Adds a row to the arm's log, which survives a kill. Seconds go elsewhere: the log is the same in every run."""
         row = {"step": float(step), **metrics}
+        seconds = self.context.path("timings", f"policy-{self.config.name}.jsonl")
+        seconds.parent.mkdir(exist_ok=True)
+        with seconds.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **self.seconds}) + "\n")
         self._rows.append(row)
         with (self.work / METRICS_LOG).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

@@ -89,8 +89,9 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
         step += 1
         arm.refresh(step)
         arm.record(step, metrics)
-        tracker.log(step, metrics)
-        gauges.log(arm.config.name, metrics)
+        shown = {**metrics, **arm.seconds}
+        tracker.log(step, shown)
+        gauges.log(arm.config.name, shown)
         if step % arm.context.config.policy.checkpoint_every == 0 and step < arm.num_steps:
             arm.checkpoint()
         task.advance(1)

@@ -230,7 +230,7 @@ def accuracy_rows(
     human = np.array(scores["human_label"], dtype=np.float64)
     reference = read_table(work / "scores_reference.parquet")
     words = np.array([len(text.split()) for text in reference["response"]], dtype=np.float64)
-    trained = sum(pair.split == "preference" for pair in pairs)
+    used = num_judgements(pairs, table, card)
     names = [(name, "principle") for name in card["principles"]]
     names += [(f"baseline_{name}", "baseline") for name in card["baselines"]]
     records = []
@@ -258,8 +258,28 @@ def accuracy_rows(
                     "low": interval.low,
                     "high": interval.high,
                     "num": interval.num,
-                    "num_judgements": trained,
+                    "num_judgements": used[name],
                     "length_correlation": pearson(np.array(reference[name]), words),
                 }
             )
     return records
+
+
+def num_judgements(
+    pairs: Sequence[ResponsePair], table: LogOddsTable, card: dict[str, Any]
+) -> dict[str, int]:
+    """Judgements behind each model's training labels: baselines are compared with that price stated.
+
+    `mean_log_odds` uses all K judgements of a pair; `human_labels` uses people's choices and no judgement.
+    """
+    rows = [index for index, pair in enumerate(pairs) if pair.split == "preference"]
+    present = {name: int((~np.isnan(table.column(name)[rows])).sum()) for name in table.columns}
+    counts = {name: present[name] for name in card["principles"]}
+    for name, entry in card["baselines"].items():
+        if name == "mean_log_odds":
+            counts[f"baseline_{name}"] = sum(present[principle] for principle in card["principles"])
+        elif name == "human_labels":
+            counts[f"baseline_{name}"] = 0
+        else:
+            counts[f"baseline_{name}"] = present[entry.get("principle", f"baseline_{name}")]
+    return counts

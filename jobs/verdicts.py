@@ -106,6 +106,13 @@ def _collect(
     found = []
     for policy, opponent in pairs:
         mine = [duel for p, o, duel in duels if (p, o) == (policy, opponent)]
-        values = np.array([answers.get(duel.pair_id, (0.0, 0.0)) for duel in mine], dtype=np.float64)
+        values = np.array([_answer(duel, answers) for duel in mine], dtype=np.float64)
         found.append(Verdicts(policy, opponent, values[:, 0], values[:, 1], tie_threshold, judge))
     return found
+
+
+def _answer(duel: ResponsePair, answers: dict[str, tuple[float, float]]) -> tuple[float, float]:
+    """Equal responses are a tie; a duel that the judge left unanswered is missing, not a tie."""
+    if duel.response_a == duel.response_b:
+        return 0.0, 0.0
+    return answers.get(duel.pair_id, (float("nan"), float("nan")))
