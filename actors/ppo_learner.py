@@ -6,13 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from actors.placement import LEARNER_CPUS
+from actors.spawning import spawn
 from actors.training import set_single_thread
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl.learner import PPOLearner
 from morlaif_ray.types import FloatArray, RolloutBatch
-
-LEARNER_CPUS = 0.5
-"""Reserved per learner; see `rollout_pool.ROLLOUT_CPUS`."""
 
 
 class PPOLearnerActor:
@@ -62,9 +61,16 @@ def spawn_ppo_learner(
     checkpoint_dir: Path,
 ) -> Any:
     """An actor handle of a `PPOLearnerActor` with the configured GPUs."""
-    import ray
-
     gpus = config.learner_gpus_per_rank
-    remote = ray.remote(PPOLearnerActor).options(num_cpus=LEARNER_CPUS, num_gpus=gpus, max_restarts=0)
     device = "cuda" if gpus else "cpu"
-    return remote.remote(model_path, config, seed, dtype, device, str(checkpoint_dir))
+    return spawn(
+        PPOLearnerActor,
+        model_path,
+        config,
+        seed,
+        dtype,
+        device,
+        str(checkpoint_dir),
+        num_cpus=LEARNER_CPUS,
+        num_gpus=gpus,
+    )

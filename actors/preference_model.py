@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from actors.spawning import spawn
 from actors.training import set_single_thread
 from morlaif_ray.preference import PreferenceModel
 from morlaif_ray.types import FloatArray
@@ -37,7 +38,7 @@ def spawn_preference_model(
     folders: Sequence[str], *, batch_size: int, num_cpus: float, num_gpus: float
 ) -> Any:
     """An actor handle of a `PreferenceModelActor` that reserves the given CPUs and GPUs."""
-    import ray
-
-    remote = ray.remote(PreferenceModelActor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0)
-    return remote.remote(list(folders), batch_size, "cuda" if num_gpus else "cpu")
+    device = "cuda" if num_gpus else "cpu"
+    return spawn(
+        PreferenceModelActor, list(folders), batch_size, device, num_cpus=num_cpus, num_gpus=num_gpus
+    )

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from actors.placement import PANEL_CPUS
 from actors.preference_model import spawn_preference_model
-from actors.supervision import Call, SupervisedActor, call_all
+from actors.supervision import Call, SupervisedActor, call_all, wait_all_ready
 from morlaif_ray.artifacts import read_json
 from morlaif_ray.config import Config
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.types import ScoreTable
-
-PANEL_CPUS = 0.3
-"""Reserved per panel actor: it works in bursts between generation and update."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,7 @@ class PreferencePanel:
             )
             for group in groups
         ]
-        for actor in self._actors:
-            actor.wait_ready()
+        wait_all_ready(self._actors)
 
     def score(self, texts: Sequence[str]) -> ScoreTable:
         """Raw scores [B, columns] of dialogues (prompt and response in one text)."""

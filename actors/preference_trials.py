@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from actors.placement import TRIAL_CPUS
 from actors.training import ProgressFile, cluster_has_gpu, find_cause, following, set_single_thread
 from morlaif_ray.artifacts import read_table, write_csv
 from morlaif_ray.config import Config
 from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.seeding import derive_seed
-
-TRIAL_CPUS = 0.9
-"""Reserved per training. Just under one, so that a small machine keeps room for supervisors."""
 
 
 def preference_loop(settings: Mapping[str, Any]) -> None:
@@ -51,6 +49,10 @@ def preference_loop(settings: Mapping[str, Any]) -> None:
         # One seed for all: the models differ by their labels alone.
         seed=derive_seed(config.seed, "preference"),
         lora=config.preference.lora,
+        # Frozen base weights may be bfloat16; weights that train stay float32, or small updates would round away.
+        dtype=config.model.dtype
+        if config.preference.lora and config.model.kind == "pretrained"
+        else "float32",
     )
     _to_gpu(model)
     progress = ProgressFile(work / "progress" / f"{name}.json")

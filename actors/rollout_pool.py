@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from actors.placement import ROLLOUT_CPUS
 from actors.rollout_worker import spawn_rollout_worker
-from actors.supervision import Call, SupervisedActor, call_all, map_over
+from actors.supervision import Call, SupervisedActor, call_all, map_over, wait_all_ready
 from morlaif_ray.config import Config
 from morlaif_ray.rl.generation import SamplingSettings
 from morlaif_ray.types import GenerationRequest, RolloutBatch
-
-ROLLOUT_CPUS = 0.5
-"""Reserved per worker. Two arms' generation and learning alternate, so that halves fill a laptop's cores."""
 
 
 class RolloutPool:
@@ -44,8 +42,7 @@ class RolloutPool:
             )
             for index in range(num_workers)
         ]
-        for worker in self._workers:
-            worker.wait_ready()
+        wait_all_ready(self._workers)
 
     def _refresh(self, handle: Any) -> None:
         import ray

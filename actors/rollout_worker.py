@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from actors.spawning import spawn
 from actors.training import set_single_thread
 from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
 from morlaif_ray.types import GenerationRequest, RolloutBatch
@@ -42,7 +43,5 @@ def spawn_rollout_worker(
     model_path: str, *, dtype: str, num_cpus: float, num_gpus: float
 ) -> Any:
     """An actor handle of a `RolloutWorker` that reserves the given CPUs and GPUs."""
-    import ray
-
-    remote = ray.remote(RolloutWorker).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0)
-    return remote.remote(model_path, dtype, "cuda" if num_gpus else "cpu")
+    device = "cuda" if num_gpus else "cpu"
+    return spawn(RolloutWorker, model_path, dtype, device, num_cpus=num_cpus, num_gpus=num_gpus)

@@ -11,10 +11,13 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from morlaif_ray.config.operations import ClusterConfig
@@ -32,6 +35,8 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DEDUP_LOGS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ctrl-C must end the job, not only the Tune experiment that happens to run.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -61,10 +66,24 @@ def connect(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -
         return
     _quiet_loggers()
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _attach(address, cluster, say)
-    else:
-        _start_local(cluster, log_dir, say)
+    with _keeping_sigterm():
+        if address:
+            _attach(address, cluster, say)
+        else:
+            _start_local(cluster, log_dir, say)
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """`ray.init` takes SIGTERM for itself and ends the process at once; ours lets the job write a checkpoint first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _attach(address: str, cluster: ClusterConfig, say: Callable[[str], None]) -> None:
@@ -151,8 +170,10 @@ def disconnect() -> None:
 
 
 def _quiet_loggers() -> None:
-    for name in ("ray", "ray.tune", "ray.train", "transformers", "datasets", "httpx", "openai"):
+    for name in ("ray", "transformers", "datasets", "httpx", "openai"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("ray.tune", "ray.train", "ray.air"):  # the traceback of what we raise as one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _first_line(error: BaseException) -> str:

@@ -64,6 +64,8 @@ class SupervisedActor:
                     f"{self.name}: not started after {self._start_timeout_s:.0f} s; the cluster may lack free CPUs or "
                     f"GPUs ('morlaif plan' says what is needed), or raise cluster.start_timeout_s"
                 ) from None
+            except ray.exceptions.RayActorError as error:
+                raise ActorLostError(f"{self.name} did not start: {one_line(error)}") from None
             self._ready = True
 
     def submit(self, method: str, arguments: Sequence[Any]) -> tuple[Any, Any]:
@@ -78,23 +80,45 @@ class SupervisedActor:
         with self._lock:
             if self.handle is not lost:
                 return
-            if self.num_restarts >= self._max_restarts:
-                raise ActorLostError(
-                    f"{self.name} died {self.num_restarts + 1} times (last: {cause}); its restart budget is "
-                    f"{self._max_restarts} (policy.max_restarts); see logs/ in the run folder"
-                )
-            self.num_restarts += 1
-            self._say(f"{self.name} was lost ({cause}); starting it again ({self.num_restarts}/{self._max_restarts})")
             ray.kill(lost)
-            self.handle = self._spawn()
-            ray.get(self.handle.ping.remote(), timeout=self._start_timeout_s)
-            if self._after_start is not None:
-                self._after_start(self.handle)
+            while True:
+                if self.num_restarts >= self._max_restarts:
+                    raise ActorLostError(
+                        f"{self.name} died {self.num_restarts + 1} times (last: {cause}); its restart budget is "
+                        f"{self._max_restarts} (policy.max_restarts); see logs/ in the run folder"
+                    )
+                self.num_restarts += 1
+                self._say(
+                    f"{self.name} was lost ({cause}); starting it again ({self.num_restarts}/{self._max_restarts})"
+                )
+                fresh = self._spawn()
+                try:
+                    ray.get(fresh.ping.remote(), timeout=self._start_timeout_s)
+                    if self._after_start is not None:
+                        self._after_start(fresh)
+                except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                    ray.kill(fresh)
+                    cause = one_line(error)
+                    continue
+                # Only now can another thread see it: a worker that is not up to date gets no call.
+                self.handle = fresh
+                return
 
     def stop(self) -> None:
         import ray
 
         ray.kill(self.handle)
+
+
+def wait_all_ready(actors: Sequence[SupervisedActor]) -> None:
+    """Waits for the first start of all; where one does not start, none is left behind."""
+    try:
+        for actor in actors:
+            actor.wait_ready()
+    except BaseException:
+        for actor in actors:
+            actor.stop()
+        raise
 
 
 def call_all(calls: Sequence[Call]) -> list[Any]:
@@ -132,13 +156,18 @@ def _collect(call: Call, reference: Any, handle: Any) -> tuple[bool, Any]:
     except ray.exceptions.GetTimeoutError:
         call.actor.revive(handle, f"no answer to {call.method} in {call.actor.call_timeout_s:.0f} s")
     except ray.exceptions.RayActorError as error:
-        call.actor.revive(handle, _short(error))
+        call.actor.revive(handle, one_line(error))
     return False, None
 
 
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What a Ray error says, without its traceback."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # An error in the constructor comes with its traceback: the last line says what it was.
+    said = lines[-1] if "creation task" in lines[0] else lines[0]
+    return said[:300].removeprefix("morlaif_ray.errors.")
 
 
 def map_over(

@@ -206,12 +206,33 @@ def _fit(trainer: Any, what: str) -> None:
     from ray.train import TrainingFailedError
 
     try:
-        trainer.fit()
+        _interruptible(trainer.fit)
     except TrainingFailedError as error:
         cause = find_cause(error)
         if isinstance(cause, MorlaifError):
             raise cause from error
         raise ActorLostError(f"{what}: training failed ({cause}); see logs/ in the run folder") from error
+
+
+def _interruptible(work: Callable[[], Any]) -> None:
+    """Runs `work` beside the main thread, so that Ctrl-C ends the job.
+
+    On the main thread `TorchTrainer.fit` takes SIGINT for itself, for good: the first Ctrl-C of any later stage would
+    then end the process with exit code 0 and without a checkpoint.
+    """
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
 
 
 def find_cause(error: BaseException) -> BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool
+from actors.supervision import one_line
 from jobs.context import JobContext
 from jobs.train_sft import sft_model_path
 from morlaif_ray.artifacts import read_json, read_records, read_table, write_json, write_table
@@ -30,6 +32,10 @@ METRICS_LOG = "metrics.jsonl"
 
 class ArmStopped(Exception):
     """The arm was asked to stop and has checkpointed."""
+
+
+class LearnerWentBack(Exception):
+    """The learner was lost; it and the rollout workers are back at the last checkpoint: go on from `arm.step`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,9 @@ class Arm:
             config, sft_model_path(self.context), config.policy.num_rollout_workers, self.context.reporter.line
         )
         self._adopt_learner()
+        if self.step:
+            with suppress(LearnerWentBack):
+                self._rollouts.load_weights(self._new_weights(), self.step)
         return self.step
 
     def generate(self, step: int) -> RolloutBatch:
@@ -118,29 +127,18 @@ class Arm:
             reward_B, principles, self._all_principles.normaliser.apply(principles), time.monotonic() - started
         )
 
-    def update(self, step: int, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float] | None:
-        """One PPO step; None after the learner was lost and restored (then `self.step` is where to go on)."""
-        import ray
-
+    def update(self, step: int, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
+        """One PPO step. LearnerWentBack (here and below) where the learner was lost and restored."""
         started = time.monotonic()
-        try:
-            metrics: dict[str, float] = ray.get(
-                self._learner.update.remote(batch, scored.reward_B),
-                timeout=self.context.config.policy.call_timeout_s,
-            )
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            self._restore_learner(error)
-            return None
+        metrics: dict[str, float] = self._ask("update", batch, scored.reward_B)
         self.seconds["seconds_update"] = time.monotonic() - started
         return {**metrics, **self._observations(batch, scored)}
 
     def refresh(self, step: int) -> None:
         """Gives the new weights to the rollout workers; they travel through the object store, not the driver."""
         started = time.monotonic()
+        self._rollouts.load_weights(self._new_weights(), step)
         self.step = step
-        self._rollouts.load_weights(self._learner.weights.remote(), step)
         self.seconds["seconds_refresh"] = time.monotonic() - started
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
@@ -155,18 +153,13 @@ class Arm:
             stream.write(json.dumps(row) + "\n")
 
     def checkpoint(self) -> None:
-        import ray
-
-        ray.get(
-            self._learner.save_checkpoint.remote(), timeout=self.context.config.policy.call_timeout_s
-        )
+        self._ask("save_checkpoint")
 
     def finish(self) -> None:
         """Saves the policy and the tables, and ends the arm's own actors."""
         import ray
 
-        model = self.work / "model"
-        ray.get(self._learner.save_model.remote(str(model)), timeout=self.context.config.policy.call_timeout_s)
+        self._ask("save_model", str(self.work / "model"))
         columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
         columns["step"] = [int(step) for step in columns["step"]]
         write_table(self.work / "metrics.parquet", columns)
@@ -191,8 +184,29 @@ class Arm:
             checkpoint_dir=self.work / "checkpoint",
         )
 
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """A call of the learner; LearnerWentBack where it was lost and restored."""
+        import ray
+
+        timeout_s = self.context.config.policy.call_timeout_s
+        try:
+            return ray.get(getattr(self._learner, method).remote(*arguments), timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except ray.exceptions.GetTimeoutError:
+            self._restore_learner(f"no answer to {method} in {timeout_s:.0f} s")
+        except ray.exceptions.RayActorError as error:
+            self._restore_learner(one_line(error))
+        raise LearnerWentBack
+
+    def _new_weights(self) -> Any:
+        """A reference to the policy's weights. Calls are answered in order: once `ping` is, the weights exist."""
+        weights = self._learner.weights.remote()
+        self._ask("ping")
+        return weights
+
     def _adopt_learner(self) -> None:
-        """Waits for the learner, takes its step count, and brings log and rollout weights to the same step."""
+        """Waits for the learner, takes its step count, and brings the log to the same step."""
         import ray
 
         timeout_s = self.context.config.cluster.start_timeout_s
@@ -205,11 +219,13 @@ class Arm:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayActorError as error:
+            raise ActorLostError(
+                f"arm '{self.config.name}': the learner did not start: {one_line(error)}"
+            ) from None
         self._rows = [row for row in self._read_log() if row["step"] <= self.step]
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
         (self.work / METRICS_LOG).write_text(text, encoding="utf-8")
-        if self.step:
-            self._rollouts.load_weights(self._learner.weights.remote(), self.step)
 
     def _read_log(self) -> list[dict[str, float]]:
         """Rows of the log; a half-written last line is dropped, its step will be run again."""
@@ -222,25 +238,25 @@ class Arm:
                 break
         return rows
 
-    def _restore_learner(self, cause: Exception) -> None:
+    def _restore_learner(self, cause: str) -> None:
+        """A fresh learner at the last checkpoint, and its weights in the rollout workers; within the budget."""
         import ray
 
         budget = self.context.config.policy.max_restarts
-        what = str(cause).strip().splitlines()[0][:160] if str(cause).strip() else type(cause).__name__
+        ray.kill(self._learner)
         if self._restarts >= budget:
             raise ActorLostError(
-                f"arm '{self.config.name}': the learner died {self._restarts + 1} times (last: {what}); "
+                f"arm '{self.config.name}': the learner died {self._restarts + 1} times (last: {cause}); "
                 f"policy.max_restarts is {budget}; the same command resumes from the last checkpoint"
             )
         self._restarts += 1
         self.context.reporter.line(
-            f"  arm {self.config.name}: learner lost ({what}); going back to its last checkpoint"
+            f"  arm {self.config.name}: learner lost ({cause}); going back to its last checkpoint"
         )
-        ray.kill(self._learner)
         self._learner = self._spawn_learner()
         self._adopt_learner()
-        if self.step == 0:  # no checkpoint yet: the rollout workers go back to the SFT weights as well
-            self._rollouts.load_weights(self._learner.weights.remote(), 0)
+        with suppress(LearnerWentBack):  # lost once more: the inner call has restored everything
+            self._rollouts.load_weights(self._new_weights(), self.step)
 
     @cached_property
     def _prompts(self) -> list[str]:
@@ -292,7 +308,6 @@ class Arm:
             "final_reward_mean": final,
             "reward_gain_sd": (final - mean) / std,
             "final_kl": float(np.mean([row["kl_mean"] for row in last])),
-            "learner_restarts": self._restarts,
         }
 
 

@@ -79,7 +79,7 @@ def _add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one job; returns the exit code and prints a one-line cause where it is not 0."""
-    words = [word if word.startswith("-") else word for word in (arguments or sys.argv[1:])]
+    words = list(sys.argv[1:] if arguments is None else arguments)
     if words and not words[0].startswith("-"):
         words[0] = ALIASES.get(words[0].replace("-", "_"), words[0].replace("-", "_"))
         if words[0] not in JOBS:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from jobs.progress import Reporter
-from morlaif_ray.artifacts import StageFolder, explain_os_errors
+from morlaif_ray.artifacts import MANIFEST, STAGES, StageFolder, explain_os_errors
 from morlaif_ray.config import Config
 from morlaif_ray.config.root import OPERATIONAL_SECTIONS
 from morlaif_ray.errors import ArtifactError
@@ -65,15 +65,25 @@ def open_run(
     with explain_os_errors(run_dir):
         if run_dir.exists() and not run_dir.is_dir():
             raise ArtifactError(f"{run_dir}: is a file; choose another --run-dir")
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        _make_folder(run_dir)
         path = run_dir / CONFIG_FILE
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        if path.is_file():
+        # Where nothing is published yet there is nothing to redo: a run that never began may change its mind.
+        if path.is_file() and any((run_dir / stage / MANIFEST).is_file() for stage in STAGES):
             _check_same_config(path, config, accept_config_change, reporter)
         temporary = path.with_name(f".{CONFIG_FILE}.partial")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     return JobContext(config=config, run_dir=run_dir, reporter=reporter)
+
+
+def _make_folder(run_dir: Path) -> None:
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise ArtifactError(
+            f"{run_dir}: cannot be created ({error.strerror}: {error.filename}); choose another --run-dir"
+        ) from None
 
 
 def _check_same_config(path: Path, config: Config, accept: bool, reporter: Reporter) -> None:

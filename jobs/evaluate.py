@@ -86,7 +86,7 @@ def _answer(context: JobContext) -> dict[str, list[Any]]:
     baselines = list(dict.fromkeys(a.baseline for a in config.policy.arms if a.baseline is not None))
     columns = panel_columns(context.path("3_preference_models"), baselines)
     panel = PreferencePanel(config, columns, context.reporter.line)
-    pool = RolloutPool(config, sft_model_path(context), config.pairs.num_workers, context.reporter.line)
+    pool = RolloutPool(config, sft_model_path(context), config.policy.num_rollout_workers, context.reporter.line)
     table: dict[str, list[Any]] = {}
     names = policies(context)
     size = config.pairs.batch_size

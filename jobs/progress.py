@@ -23,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 PLAIN_INTERVAL_S = 15.0
 
@@ -71,11 +72,12 @@ class _PlainTask:
 
     def _describe(self, now: float) -> str:
         elapsed = max(now - self._started, 1e-9)
-        rate = self._done / elapsed
+        rate = max(self._done, 0) / elapsed
         text = f"  {self._label}: {self._done}"
         if self._total:
-            left_s = (self._total - self._done) / rate if rate > 0 else float("nan")
-            text += f"/{self._total} {self._unit}, {rate:.1f}/s, about {left_s:.0f} s left"
+            text += f"/{self._total} {self._unit}, {rate:.1f}/s"
+            if rate > 0:
+                text += f", about {(self._total - self._done) / rate:.0f} s left"
         else:
             text += f" {self._unit}, {rate:.1f}/s"
         return text + (f" ({self._note})" if self._note else "")
@@ -98,8 +100,13 @@ class Reporter:
         """One line for the person watching, with the seconds since the start."""
         if not self._quiet:
             seconds = time.monotonic() - self._started
-            self._console.print(f"[dim]{seconds:6.1f}s[/dim] ", end="")
-            self._console.print(text, markup=False)
+            # One call: arms report from several threads.
+            self._console.print(Text.assemble((f"{seconds:6.1f}s ", "dim"), text))
+
+    def result(self, text: str) -> None:
+        """What the job is for, on standard output, where a script can read it."""
+        if not self._quiet:
+            print(text)
 
     def skipped(self, stage: str) -> None:
         self.line(f"{stage}: up to date, skipped")

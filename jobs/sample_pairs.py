@@ -20,7 +20,10 @@ PAIR_SPLITS = ("preference", "weights", "test")
 
 
 def run(context: JobContext) -> None:
-    stage = context.stage(STAGE, sections=["pairs"], inputs=["0_sft"])
+    # Where a response ends is set in section `policy`, once for all sampling.
+    stage = context.stage(
+        STAGE, sections=["pairs"], inputs=["0_sft"], extra={"stop": list(context.config.policy.stop)}
+    )
     if stage.is_current():
         context.reporter.skipped(STAGE)
         return

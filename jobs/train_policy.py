@@ -12,7 +12,7 @@ import shutil
 import threading
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
-from jobs.arm import Arm, ArmStopped
+from jobs.arm import Arm, ArmStopped, LearnerWentBack
 from jobs.context import JobContext
 from jobs.progress import Task
 from jobs.tracking import PrometheusGauges, open_tracker
@@ -46,6 +46,9 @@ def run(context: JobContext) -> None:
     with context.reporter.task("PPO", total=total, unit="steps") as task:
 
         def train(arm: ArmConfig, stop: threading.Event) -> None:
+            if (work / arm.name / "summary.json").is_file():  # written last: this arm had ended before a stop
+                task.advance(arm.num_steps or context.config.policy.num_steps)
+                return
             run_arm(Arm(context, arm, work / arm.name, panel), task, gauges, stop)
 
         _run_concurrently(arms, train, context.config.policy.concurrent_arms)
@@ -68,6 +71,11 @@ def check_supported(context: JobContext) -> None:
             f"policy.learner_ranks is {policy.learner_ranks}; the learner of this version runs on one rank: "
             f"write 1 (with policy.lora for large models)"
         )
+    if policy.rollout_gpus_per_worker > 1 or policy.learner_gpus_per_rank > 1:
+        raise ConfigError(
+            "policy.rollout_gpus_per_worker and policy.learner_gpus_per_rank are at most 1 in this version: a process "
+            "uses one GPU"
+        )
 
 
 def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Event) -> None:
@@ -75,28 +83,30 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
     tracker = open_tracker(arm.context.config, arm.context.run_dir, f"5_policy/{arm.config.name}")
     step = arm.start()
     task.advance(step)
-    while step < arm.num_steps:
-        if stop.is_set():
-            arm.checkpoint()
-            raise ArmStopped(arm.config.name)
-        batch = arm.generate(step)
-        scored = arm.score(batch)
-        metrics = arm.update(step, batch, scored)
-        if metrics is None:  # the learner was lost and came back at its last checkpoint
+    while True:
+        try:
+            if stop.is_set():
+                arm.checkpoint()
+                raise ArmStopped(arm.config.name)
+            if step >= arm.num_steps:
+                arm.finish()
+                break
+            batch = arm.generate(step)
+            scored = arm.score(batch)
+            metrics = arm.update(step, batch, scored)
+            step += 1
+            arm.refresh(step)
+            arm.record(step, metrics)
+            shown = {**metrics, **arm.seconds}
+            tracker.log(step, shown)
+            gauges.log(arm.config.name, shown)
+            task.note(f"{arm.config.name}: reward {metrics['reward_mean']:+.2f}, KL {metrics['kl_mean']:.1f}")
+            task.advance(1)
+            if step % arm.context.config.policy.checkpoint_every == 0 and step < arm.num_steps:
+                arm.checkpoint()
+        except LearnerWentBack:
             lost, step = step, arm.step
-            task.advance(step - lost)
-            continue
-        step += 1
-        arm.refresh(step)
-        arm.record(step, metrics)
-        shown = {**metrics, **arm.seconds}
-        tracker.log(step, shown)
-        gauges.log(arm.config.name, shown)
-        if step % arm.context.config.policy.checkpoint_every == 0 and step < arm.num_steps:
-            arm.checkpoint()
-        task.advance(1)
-        task.note(f"{arm.config.name}: reward {metrics['reward_mean']:+.2f}, KL {metrics['kl_mean']:.1f}")
-    arm.finish()
+            task.advance(min(0, step - lost))
     tracker.close()
 
 

@@ -17,6 +17,12 @@ All of them survive pickling, because they cross process borders inside Ray.
 
 from __future__ import annotations
 
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class MorlaifError(Exception):
     """Base of all errors with a message that is meant for the user."""
@@ -83,3 +89,33 @@ class NumericalError(MorlaifError):
     """A loss or a score became NaN or infinite."""
 
     exit_code = 7
+
+
+@contextmanager
+def explain_os_errors(where: Path) -> Iterator[None]:
+    """Turns a full disk or a read-only folder into one line that says what to do; other errors pass."""
+    try:
+        yield
+    except MorlaifError:
+        raise
+    except Exception as error:
+        code = _system_code(error)
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"{where}: the disk is full; free some space and run the same command again "
+                f"(what was published stays)"
+            ) from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ArtifactError(
+                f"{where}: cannot be written ({reason}); choose another --run-dir"
+            ) from error
+        raise
+
+
+def _system_code(error: Exception) -> int | None:
+    """The system's error number. safetensors, written in Rust, has it in its text alone: "(os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from morlaif_ray.errors import ArtifactError
+from morlaif_ray.errors import ArtifactError, explain_os_errors
 
 
 def save_state(
@@ -27,28 +28,30 @@ def save_state(
     extra: Mapping[str, Any],
 ) -> None:
     """Publishes `folder` with `<name>.safetensors` per module, `optimizer.safetensors` and `state.json`."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, module in modules.items():
-        _write(temporary / f"{name}.safetensors", _unique_tensors(module))
-    document: dict[str, Any] = {"extra": dict(extra)}
-    if optimizer is not None:
-        tensors, plain = _flatten_optimizer(optimizer)
-        _write(temporary / "optimizer.safetensors", tensors)
-        document["optimizer"] = plain
-    path = temporary / "state.json"
-    path.write_text(json.dumps(document, sort_keys=True), encoding="utf-8")
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(folder)
+    with explain_os_errors(folder):
+        temporary = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, module in modules.items():
+            _write(temporary / f"{name}.safetensors", _unique_tensors(module))
+        document: dict[str, Any] = {"extra": dict(extra)}
+        if optimizer is not None:
+            tensors, plain = _flatten_optimizer(optimizer)
+            _write(temporary / "optimizer.safetensors", tensors)
+            document["optimizer"] = plain
+        path = temporary / "state.json"
+        path.write_text(json.dumps(document, sort_keys=True), encoding="utf-8")
+        _sync(path)
+        _sync(temporary)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(folder)
+        _sync(folder.parent)
 
 
 def load_state(
@@ -65,13 +68,18 @@ def load_state(
             module.load_state_dict(stored, strict=False)
             absent = set(_unique_tensors(module)) - set(stored)
             if absent:
-                raise ArtifactError(f"{folder}: tensor '{sorted(absent)[0]}' is missing; remove the folder")
+                raise ArtifactError(
+                    f"{folder}: tensor '{sorted(absent)[0]}' is missing; remove the folder"
+                )
         if optimizer is not None:
             _restore_optimizer(
                 optimizer, load_file(folder / "optimizer.safetensors"), document["optimizer"]
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder}: damaged checkpoint ({error}); remove it and run again") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        cause = " ".join(str(error).split())
+        raise ArtifactError(
+            f"{folder}: damaged checkpoint ({cause}); remove it and run again"
+        ) from None
     extra: dict[str, Any] = document["extra"]
     return extra
 
@@ -88,8 +96,15 @@ def _whole_folder(folder: Path) -> Path:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path)
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _unique_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +119,9 @@ def _unique_tensors(module: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _flatten_optimizer(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {"state": {}, "param_groups": state["param_groups"]}
@@ -121,7 +138,9 @@ def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tens
 def _restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]
 ) -> None:
-    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in plain["state"].items()}
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(entry) for index, entry in plain["state"].items()
+    }
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor

@@ -6,7 +6,6 @@ from morlaif_ray.artifacts.folder import (
     Manifest,
     StageFolder,
     canonical_json,
-    explain_os_errors,
     read_manifest,
 )
 from morlaif_ray.artifacts.tables import (
@@ -18,6 +17,7 @@ from morlaif_ray.artifacts.tables import (
     write_records,
     write_table,
 )
+from morlaif_ray.errors import explain_os_errors
 
 __all__ = [
     "MANIFEST",

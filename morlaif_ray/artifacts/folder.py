@@ -10,7 +10,6 @@ Partial work that must survive a crash (checkpoints, resumable training) lives i
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from morlaif_ray import __version__
-from morlaif_ray.errors import ArtifactError
+from morlaif_ray.errors import ArtifactError, explain_os_errors
 from morlaif_ray.seeding import stable_hash
 
 MANIFEST = "manifest.json"
@@ -136,7 +135,7 @@ class StageFolder:
             known = marker.read_text(encoding="utf-8") if marker.is_file() else ""
             if known != self.wanted.recipe_hash:
                 self._supersede(self.work_dir, f"work-{self.name}")
-        with _explain_os_errors(self.work_dir):
+        with explain_os_errors(self.work_dir):
             self.work_dir.mkdir(parents=True, exist_ok=True)
             marker.write_text(self.wanted.recipe_hash, encoding="utf-8")
         return self.work_dir
@@ -146,7 +145,7 @@ class StageFolder:
         """Yields a temporary folder; on a clean exit it becomes the stage. `rows` may be filled inside the block."""
         counts: dict[str, int] = rows if rows is not None else {}
         temporary = self.run_dir / f".{self.name}.partial"
-        with _explain_os_errors(self.path):
+        with explain_os_errors(self.path):
             if temporary.exists():
                 shutil.rmtree(temporary)  # half-written by a run that was killed: never published
             temporary.mkdir(parents=True)
@@ -172,9 +171,10 @@ class StageFolder:
             files=files,
         )
         (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _fsync(path)
+        for path in temporary.rglob(
+            "*"
+        ):  # folders, too: their entries must be on disk before the rename
+            _fsync(path)
         _fsync(temporary)
         if self.path.exists():
             self._supersede(self.path, self.name)
@@ -183,31 +183,13 @@ class StageFolder:
 
     def _supersede(self, folder: Path, label: str) -> None:
         shelf = self.run_dir / "superseded"
-        with _explain_os_errors(shelf):
+        with explain_os_errors(shelf):
             shelf.mkdir(parents=True, exist_ok=True)
-            number = sum(1 for entry in shelf.iterdir() if entry.name.startswith(f"{label}."))
-            folder.rename(shelf / f"{label}.{number + 1}")
-
-
-@contextmanager
-def _explain_os_errors(where: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only folder into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ArtifactError(
-                f"{where}: the disk is full; free some space and run the same command again "
-                f"(what was published stays)"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ArtifactError(
-                f"{where}: cannot be written ({error.strerror}); choose another --run-dir"
-            ) from error
-        raise
-
-
-explain_os_errors = _explain_os_errors
+            taken = [entry.name.rpartition(".") for entry in shelf.iterdir()]
+            numbers = [
+                int(number) for name, _, number in taken if name == label and number.isdigit()
+            ]
+            folder.rename(shelf / f"{label}.{max(numbers, default=0) + 1}")
 
 
 def _file_hash(path: Path) -> str:

@@ -46,16 +46,13 @@ def write_records(path: Path, records: Sequence[Any], cls: type[Any]) -> None:
 
 def read_records(path: Path, cls: type[Record]) -> list[Record]:
     """Reads what `write_records` wrote; ArtifactError names the file and what is wrong."""
-    if not path.is_file():
-        raise ArtifactError(f"{path}: missing; run the stage that makes it first")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ArtifactError(f"{path}: not a readable Parquet file ({error})") from None
+    table = _read_parquet(path)
     names = [item.name for item in dataclasses.fields(typing.cast(Any, cls))]
     absent = [name for name in names if name not in table.column_names]
     if absent:
-        raise ArtifactError(f"{path}: column '{absent[0]}' is missing; the file is of another version")
+        raise ArtifactError(
+            f"{path}: column '{absent[0]}' is missing; the file is of another version"
+        )
     columns = [table.column(name).to_pylist() for name in names]
     return [cls(*values) for values in zip(*columns, strict=True)]
 
@@ -66,13 +63,23 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
+    """Reads what `write_table` wrote: column name -> values."""
+    return typing.cast("dict[str, list[Any]]", _read_parquet(path).to_pydict())
+
+
+def _read_parquet(path: Path) -> Any:
     if not path.is_file():
         raise ArtifactError(f"{path}: missing; run the stage that makes it first")
-    return typing.cast("dict[str, list[Any]]", pq.read_table(path).to_pydict())
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(
+            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows of equal keys as CSV, floats with six significant digits."""
+    """Rows of equal keys as CSV, floats with six significant digits, NaN empty."""
     materialised = [dict(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as stream:
@@ -85,7 +92,9 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,11 @@
 """Models and tokenizers under every stage: one way to build, load, and turn a dialogue into tokens."""
 
-from morlaif_ray.backbone.causal import build_scratch_model, load_causal_lm, save_pretrained
+from morlaif_ray.backbone.causal import (
+    build_scratch_model,
+    load_causal_lm,
+    load_whole,
+    save_pretrained,
+)
 from morlaif_ray.backbone.dialogue import (
     ASSISTANT,
     HUMAN,
@@ -21,6 +26,7 @@ __all__ = [
     "encode_scored_text",
     "load_causal_lm",
     "load_tokenizer",
+    "load_whole",
     "save_pretrained",
     "with_leading_space",
 ]

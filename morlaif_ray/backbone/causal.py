@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.errors import ArtifactError
@@ -37,19 +38,39 @@ def load_causal_lm(path: str, *, dtype: str = "float32", revision: str | None = 
     """Loads a causal LM; ArtifactError names the path when there is none."""
     from transformers import AutoModelForCausalLM
 
+    return load_whole(
+        AutoModelForCausalLM,
+        path,
+        "causal language model",
+        dtype=getattr(torch, dtype),
+        revision=revision,
+    )
+
+
+def load_whole(
+    loader: Any, path: str, what: str, *, fresh: str | None = None, **options: Any
+) -> Any:
+    """`loader.from_pretrained` without pickle or remote code; ArtifactError where it fails or a weight is absent.
+
+    transformers fills absent weights with random numbers; here only those whose name begins with `fresh` may be.
+    """
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            revision=revision,
-            use_safetensors=True,
-            trust_remote_code=False,
+        model, info = loader.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
-            f"{path}: no causal language model could be loaded ({str(error).splitlines()[0]}); "
+            f"{path}: no {what} could be loaded ({str(error).splitlines()[0]}); "
             f"give a folder saved by save_pretrained or a reachable model id"
         ) from None
+    absent = sorted(
+        key for key in info["missing_keys"] if fresh is None or not key.startswith(fresh)
+    )
+    if absent:
+        raise ArtifactError(
+            f"{path}: weight '{absent[0]}' of the {what} is missing; make the model again"
+        )
+    return model
 
 
 def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -24,10 +24,15 @@ def dialogue_text(prompt: str, response: str) -> str:
 def encode_prompt(tokenizer: Any, prompt: str, max_tokens: int) -> list[int]:
     """Token ids of the prompt, its last `max_tokens` when it is longer (the end of a dialogue matters most)."""
     ids: list[int] = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    return ids[-max_tokens:]
+    return _end_of(ids, max_tokens)
 
 
 def encode_scored_text(tokenizer: Any, text: str, max_length: int) -> list[int]:
     """Token ids of a whole dialogue for a preference model: its end, then EOS; at most `max_length`."""
     ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
-    return [*ids[-(max_length - 1) :], tokenizer.eos_token_id]
+    return [*_end_of(ids, max_length - 1), tokenizer.eos_token_id]
+
+
+def _end_of(ids: list[int], num: int) -> list[int]:
+    """The last `num` ids, none for 0 (`ids[-0:]` would be all of them)."""
+    return ids[max(0, len(ids) - num) :]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from morlaif_ray.errors import ArtifactError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""A folder with none of these has no tokenizer; transformers would make an empty one up."""
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
@@ -40,6 +44,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """The tokenizer of a saved or pretrained model; pad falls back to eos. ArtifactError when there is none."""
     from transformers import AutoTokenizer
 
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ArtifactError(f"{path}: the tokenizer is missing; save it beside the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

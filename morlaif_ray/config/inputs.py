@@ -81,7 +81,7 @@ class ScratchModel(Section):
     width: PositiveInt = 96
     num_layers: PositiveInt = 3
     num_heads: PositiveInt = 4
-    max_length: PositiveInt = 96
+    max_length: PositiveInt = 256
     vocabulary_size: PositiveInt = 4_000
     """Upper bound; rarer words become the unknown token."""
 

@@ -49,7 +49,9 @@ class OpenAIJudge(Section):
 
 JudgeConfig = Annotated[RulesJudge | OpenAIJudge, Field(discriminator="kind")]
 
-Baseline = Literal["random_principle", "general_principle", "best_principle", "mean_log_odds", "human_labels"]
+Baseline = Literal[
+    "random_principle", "general_principle", "best_principle", "mean_log_odds", "human_labels"
+]
 
 
 class FeedbackConfig(Section):

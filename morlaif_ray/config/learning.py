@@ -37,6 +37,9 @@ ALL_SCALARIZERS: tuple[ScalarizerName, ...] = (
 )
 
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class PreferenceConfig(Section):
     """One preference model per principle, and the single-objective baselines on the same pairs."""
 
@@ -44,7 +47,12 @@ class PreferenceConfig(Section):
     """separate: K models (the paper); shared_trunk: one trunk with K heads."""
     backbone: str | None = None
     """A folder or hub id for the PMs' backbone; None: the SFT model."""
-    baselines: list[Baseline] = ["random_principle", "general_principle", "mean_log_odds", "human_labels"]
+    baselines: list[Baseline] = [
+        "random_principle",
+        "general_principle",
+        "mean_log_odds",
+        "human_labels",
+    ]
     loss: Literal["soft_label", "margin"] = "soft_label"
     """soft_label: cross-entropy against the judge's probability; margin: hard label, margin |log-odds| (paper)."""
     centering: NonNegativeFloat = 0.01
@@ -59,7 +67,7 @@ class PreferenceConfig(Section):
     concurrent_trials: PositiveInt = 2
     """Trainings at the same time."""
     workers_per_trial: Annotated[int, Field(ge=0, le=1)] = 1
-    """Ray Train workers of one training: 1 is a process of its own, 0 trains inside the Tune trial (saves a process)."""
+    """Ray Train workers of one training: 1: a process of its own, 0: inside the Tune trial (saves a process)."""
     panel_placement: Literal["per_model", "one_actor"] = "per_model"
     """per_model: an actor for every saved model; one_actor: all of them in one process (small machines)."""
     max_failures: NonNegativeInt = 1
@@ -120,7 +128,7 @@ class PolicyConfig(Section):
     """Sequences per forward; gradients are accumulated over a minibatch."""
     learning_rate: PositiveFloat = 4e-6
     warmup_steps: NonNegativeInt = 0
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     max_new_tokens: PositiveInt = 128

@@ -72,6 +72,19 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _responses_leave_room_for_prompts(self) -> Config:
+        for section, num in (
+            ("pairs", self.pairs.max_new_tokens),
+            ("policy", self.policy.max_new_tokens),
+        ):
+            if num >= self.model.max_length:
+                raise ValueError(
+                    f"{section}.max_new_tokens {num} leaves no room for a prompt within model.max_length "
+                    f"{self.model.max_length}; lower it or raise model.max_length"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _arms_have_their_baselines(self) -> Config:
         for arm in self.policy.arms:
             if arm.baseline is not None and arm.baseline not in self.preference.baselines:

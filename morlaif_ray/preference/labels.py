@@ -1,8 +1,8 @@
 """From judgements to training labels: one matrix per training, missing judgements as NaN.
 
 Single-objective baselines (ALGORITHMS.md section 2) are columns like any principle, made of the same pairs:
-random_principle = the judgement of one principle drawn per pair (Constitutional AI, Bai et al. 2022), general_principle =
-one overall question, mean_log_odds = mean of the K judgements, human_labels = what people chose.
+random_principle = the judgement of one principle drawn per pair (Constitutional AI, Bai et al. 2022),
+general_principle = one overall question, mean_log_odds = mean of the K judgements, human_labels = what people chose.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def log_odds_table(
     principles: Sequence[str],
     baselines: Sequence[str] = (),
 ) -> LogOddsTable:
-    """One row per pair; columns: the principles, then `baseline_<name>` for every wanted trained baseline.
-
-    """
+    """One row per pair; columns: the principles, then `baseline_<name>` for every wanted trained baseline."""
     rows = {pair.pair_id: index for index, pair in enumerate(pairs)}
     asked = [*principles, "random", "general"]
     place = {name: index for index, name in enumerate(asked)}
@@ -96,7 +94,9 @@ def check_trainable(name: str, labels_N: FloatArray) -> None:
     """DataError where a model would have nothing to learn from."""
     present = labels_N[~np.isnan(labels_N)]
     if len(present) == 0:
-        raise DataError(f"preference model '{name}': no usable judgement; see 2_feedback/summary.json")
+        raise DataError(
+            f"preference model '{name}': no usable judgement; see 2_feedback/summary.json"
+        )
     if (present > 0.5).all() or (present < 0.5).all():
         raise DataError(
             f"preference model '{name}': all {len(present)} judgements prefer the same side; the judge may be "

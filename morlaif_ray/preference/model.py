@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from morlaif_ray.backbone import encode_scored_text, load_tokenizer
+from morlaif_ray.backbone import encode_scored_text, load_tokenizer, load_whole
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.errors import ArtifactError, NumericalError
 from morlaif_ray.tensor_ops import last_true_index
@@ -24,6 +24,8 @@ from morlaif_ray.types import FloatArray
 
 CARD = "preference_model.json"
 TEMPLATE = "dialogue-eos-v1"
+HEAD = "score"
+"""Name of the head's weights in a Hugging Face sequence-classification model."""
 
 
 class PreferenceModel:
@@ -52,21 +54,15 @@ class PreferenceModel:
         tokenizer = load_tokenizer(path)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed % (1 << 62))
-            try:
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    path,
-                    num_labels=len(heads),
-                    id2label=dict(enumerate(heads)),
-                    label2id={name: i for i, name in enumerate(heads)},
-                    problem_type="regression",
-                    dtype=getattr(torch, dtype),
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                )
-            except (OSError, ValueError) as error:
-                raise ArtifactError(
-                    f"{path}: no backbone could be loaded ({str(error).splitlines()[0]})"
-                ) from None
+            model = load_whole(
+                AutoModelForSequenceClassification,
+                path,
+                "backbone",
+                fresh=HEAD,
+                problem_type="regression",
+                dtype=getattr(torch, dtype),
+                **_labels(heads),
+            )
             model.config.pad_token_id = tokenizer.pad_token_id
             limit = getattr(model.config, "max_position_embeddings", None) or max_length
             if lora is not None:
@@ -74,18 +70,23 @@ class PreferenceModel:
         return cls(model, tokenizer, heads, min(max_length, limit))
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: str = "float32") -> PreferenceModel:
+    def load(cls, folder: str | Path) -> PreferenceModel:
         """Loads a saved folder; ArtifactError where card, tokenizer or score head is missing."""
         folder = Path(folder)
         card_path = folder / CARD
         try:
             card = json.loads(card_path.read_text(encoding="utf-8"))
+            template, _ = card["template"], (card["heads"], card["max_length"], card["dtype"])
         except FileNotFoundError:
             raise ArtifactError(f"{folder}: not a preference model ({CARD} is missing)") from None
-        if card["template"] != TEMPLATE:
-            raise ArtifactError(f"{folder}: made with template {card['template']!r}, this version uses {TEMPLATE!r}")
+        except (ValueError, KeyError, TypeError):
+            raise ArtifactError(f"{card_path}: damaged; train the model again") from None
+        if template != TEMPLATE:
+            raise ArtifactError(
+                f"{folder}: made with template {template!r}, this version uses {TEMPLATE!r}"
+            )
         tokenizer = load_tokenizer(str(folder))
-        model = _load_classifier(folder, card, dtype)
+        model = _load_classifier(folder, card)
         model.eval()
         return cls(model, tokenizer, card["heads"], card["max_length"])
 
@@ -100,8 +101,11 @@ class PreferenceModel:
             "heads": list(self.heads),
             "max_length": self.max_length,
             "template": TEMPLATE,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "adapter": adapters,
-            "backbone": self.model.peft_config["default"].base_model_name_or_path if adapters else None,
+            "backbone": self.model.peft_config["default"].base_model_name_or_path
+            if adapters
+            else None,
         }
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
@@ -113,12 +117,16 @@ class PreferenceModel:
         length = max(len(row) for row in ids)
         device = next(self.model.parameters()).device
         pad = self.tokenizer.pad_token_id
-        tokens_BL = torch.tensor([[*row, *([pad] * (length - len(row)))] for row in ids], device=device)
+        tokens_BL = torch.tensor(
+            [[*row, *([pad] * (length - len(row)))] for row in ids], device=device
+        )
         mask_BL = torch.tensor(
             [[1] * len(row) + [0] * (length - len(row)) for row in ids], device=device
         )
         inner = _classifier(self.model)
-        hidden_BLD = inner.base_model(input_ids=tokens_BL, attention_mask=mask_BL).last_hidden_state
+        hidden_BLD = inner.base_model(
+            input_ids=tokens_BL, attention_mask=mask_BL, use_cache=False
+        ).last_hidden_state
         last_B = last_true_index(mask_BL.bool())
         hidden_BD = hidden_BLD[torch.arange(len(ids), device=device), last_B]
         return inner.score(hidden_BD).float()  # type: ignore[no-any-return]
@@ -135,7 +143,9 @@ class PreferenceModel:
             scores[rows] = self.forward([ids[i] for i in rows]).cpu().numpy()
         if not np.isfinite(scores).all():
             row, head = np.argwhere(~np.isfinite(scores))[0]
-            raise NumericalError(f"preference model '{self.heads[head]}' gave a non-finite score for text {row}")
+            raise NumericalError(
+                f"preference model '{self.heads[head]}' gave a non-finite score for text {row}"
+            )
         return scores
 
     def score(self, texts: Sequence[str], *, batch_size: int = 64) -> FloatArray:
@@ -169,33 +179,41 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
     return get_peft_model(model, settings)
 
 
-def _load_classifier(folder: Path, card: dict[str, Any], dtype: str) -> Any:
+def _load_classifier(folder: Path, card: dict[str, Any]) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    heads = card["heads"]
-    source = card["backbone"] if card["adapter"] else str(folder)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        source,
-        num_labels=len(heads),
-        id2label=dict(enumerate(heads)),
-        label2id={name: i for i, name in enumerate(heads)},
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    options = {"dtype": getattr(torch, card["dtype"]), **_labels(card["heads"])}
     if not card["adapter"]:
-        missing = [key for key in info["missing_keys"] if "score" in key]
-        if missing:
-            raise ArtifactError(f"{folder}: the score head ({missing[0]}) is missing; train the model again")
-        return model
+        return load_whole(
+            AutoModelForSequenceClassification, str(folder), "preference model", **options
+        )
     from peft import PeftModel
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise ArtifactError(f"{folder}: adapter_model.safetensors is missing; train the model again")
-    with safe_open(weights, framework="pt") as stored:
-        if not any("score" in key for key in stored.keys()):  # noqa: SIM118 - not a dict
-            raise ArtifactError(f"{folder}: the score head is missing beside the adapter; train again")
+        raise ArtifactError(
+            f"{folder}: adapter_model.safetensors is missing; train the model again"
+        )
+    try:
+        with safe_open(weights, framework="pt") as stored:
+            names = list(stored.keys())
+    except SafetensorError as error:
+        raise ArtifactError(f"{weights}: damaged ({error}); train the model again") from None
+    if not any(HEAD in name for name in names):
+        raise ArtifactError(
+            f"{folder}: the score head is missing beside the adapter; train the model again"
+        )
+    model = load_whole(
+        AutoModelForSequenceClassification, card["backbone"], "backbone", fresh=HEAD, **options
+    )
     return PeftModel.from_pretrained(model, folder)
+
+
+def _labels(heads: Sequence[str]) -> dict[str, Any]:
+    """What names the heads in a Hugging Face config."""
+    return {
+        "num_labels": len(heads),
+        "id2label": dict(enumerate(heads)),
+        "label2id": {name: i for i, name in enumerate(heads)},
+    }

@@ -65,7 +65,9 @@ def train_preference_model(
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable()
     parameters = [p for p in model.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
+    )
     schedule = plan_batches(lengths, config.batch_size, config.num_epochs, seed)
     checkpoint = checkpoint_dir / "checkpoint"
     history: list[TrainingStep] = []
@@ -77,7 +79,9 @@ def train_preference_model(
         rate = config.learning_rate * rate_factor(step, len(schedule), config.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _train_step(model, optimizer, parameters, ids_a, ids_b, labels, margins, rows, config, seed, step)
+        loss = _train_step(
+            model, optimizer, parameters, ids_a, ids_b, labels, margins, rows, config, seed, step
+        )
         if not math.isfinite(loss):
             shown = ", ".join(data.pair_ids[row][:12] for row in rows[:4])
             raise NumericalError(
@@ -135,7 +139,9 @@ def _train_step(
     step: int,
 ) -> float:
     model.model.train()
-    torch.manual_seed(derive_seed(seed, "dropout", step))  # dropout depends on the step alone: exact resume
+    torch.manual_seed(
+        derive_seed(seed, "dropout", step)
+    )  # dropout depends on the step alone: exact resume
     scores = model.forward([ids_a[row] for row in rows] + [ids_b[row] for row in rows])
     device = scores.device
     loss = bradley_terry(
@@ -146,7 +152,7 @@ def _train_step(
         centering=config.centering,
     )
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return float(loss.detach())

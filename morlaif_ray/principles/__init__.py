@@ -1,7 +1,8 @@
 """Principles in plain English, one YAML file each. Adding one = adding a file.
 
 A file holds `name`, `statement` (what the principle asks for), `question` (the phrase put to the judge, which ends the
-prompt) and `polarity` ("high_is_good" always for the shipped twelve: the model named `sycophancy` scores ANTI-sycophancy).
+prompt) and `polarity` ("high_is_good" for all the shipped twelve: the model named `sycophancy` scores
+ANTI-sycophancy).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ PAPER_ORDER = (
     "detail",
     "conciseness",
 )
+RESERVED = ("general", "random")
+"""Names of the single-objective questions, which stand beside the principles; "baseline_..." is taken, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,9 @@ def load_principles(
             raise PrincipleError("feedback.principles names a principle twice")
         chosen = list(names)
     if not chosen:
-        raise PrincipleError("feedback.principles is empty; name at least one principle or write 'all'")
+        raise PrincipleError(
+            "feedback.principles is empty; name at least one principle or write 'all'"
+        )
     rank = {name: index for index, name in enumerate(PAPER_ORDER)}
     chosen.sort(key=lambda name: (rank.get(name, len(rank)), name))
     return tuple(known[name] for name in chosen)
@@ -91,6 +96,8 @@ def _read_file(path: Path) -> Principle:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         raise PrincipleError(f"{path}: not valid UTF-8 YAML") from None
+    except OSError as error:
+        raise PrincipleError(f"{path}: cannot be read ({error.strerror})") from None
     required = ("name", "statement", "question")
     allowed = {*required, "polarity"}
     if not isinstance(raw, dict):
@@ -100,10 +107,20 @@ def _read_file(path: Path) -> Principle:
             raise PrincipleError(f"{path}: key '{key}' is missing or empty")
     unknown = sorted(set(raw) - allowed)
     if unknown:
-        raise PrincipleError(f"{path}: unknown key '{unknown[0]}'; allowed: {', '.join(sorted(allowed))}")
+        raise PrincipleError(
+            f"{path}: unknown key '{unknown[0]}'; allowed: {', '.join(sorted(allowed))}"
+        )
     if raw["name"] != path.stem:
-        raise PrincipleError(f"{path}: name is '{raw['name']}' but the file is '{path.stem}'; make them equal")
+        raise PrincipleError(
+            f"{path}: name is '{raw['name']}' but the file is '{path.stem}'; make them equal"
+        )
+    if raw["name"].startswith("baseline_") or raw["name"] in RESERVED:
+        raise PrincipleError(
+            f"{path}: the name '{raw['name']}' is taken by a baseline; choose another"
+        )
     polarity = raw.get("polarity", "high_is_good")
     if polarity not in ("high_is_good", "high_is_bad"):
-        raise PrincipleError(f"{path}: polarity must be high_is_good or high_is_bad, not {polarity!r}")
+        raise PrincipleError(
+            f"{path}: polarity must be high_is_good or high_is_bad, not {polarity!r}"
+        )
     return Principle(raw["name"], raw["statement"].strip(), raw["question"].strip(), polarity)

@@ -28,9 +28,7 @@ def kl_penalty(
     return torch.exp(-difference) - 1.0 + difference
 
 
-def place_rewards(
-    kl_BT: Tensor, mask_BT: Tensor, score_B: Tensor, kl_coefficient: float
-) -> Tensor:
+def place_rewards(kl_BT: Tensor, mask_BT: Tensor, score_B: Tensor, kl_coefficient: float) -> Tensor:
     """r_t = -beta * kl_t, plus the response's score at its last token, [B, T]; 0 outside the mask."""
     rewards_BT = -kl_coefficient * kl_BT * mask_BT
     last_B = mask_BT.long().sum(dim=1) - 1

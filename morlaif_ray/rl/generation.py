@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from morlaif_ray.backbone import encode_prompt, load_causal_lm, load_tokenizer, with_leading_space
+from morlaif_ray.errors import ConfigError
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 
@@ -32,13 +33,20 @@ class SamplingSettings:
     max_prompt_tokens: int = 1_000_000
     """Longer prompts keep their end."""
 
+    @property
+    def stop_marks(self) -> tuple[str, ...]:
+        """The stop strings as they are looked for: without the white space that word-level decoders drop."""
+        return tuple(stop.strip() or stop for stop in self.stop)
+
 
 class GenerationEngine(Protocol):
     """What the rollout actor needs of an engine."""
 
     policy_version: int
 
-    def generate(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> RolloutBatch: ...
+    def generate(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> RolloutBatch: ...
 
     def load_weights(self, weights: Mapping[str, np.ndarray[Any, Any]], version: int) -> None: ...
 
@@ -68,14 +76,25 @@ class TransformersEngine:
         self.policy_version = version
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> RolloutBatch:
+    def generate(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> RolloutBatch:
         """Samples one response per request; order kept."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         prompt_limit = min(settings.max_prompt_tokens, limit - settings.max_new_tokens)
-        prompts = [encode_prompt(self.tokenizer, request.prompt, prompt_limit) for request in requests]
+        if prompt_limit < 1:
+            raise ConfigError(
+                f"{settings.max_new_tokens} new tokens leave no room for a prompt within the model's "
+                f"{limit} positions; lower max_new_tokens"
+            )
+        prompts = [
+            encode_prompt(self.tokenizer, request.prompt, prompt_limit) for request in requests
+        ]
         uniforms = np.stack(
             [
-                np.random.default_rng(derive_seed("sample", request.seed)).random(settings.max_new_tokens)
+                np.random.default_rng(derive_seed("sample", request.seed)).random(
+                    settings.max_new_tokens
+                )
                 for request in requests
             ]
         )
@@ -90,7 +109,9 @@ class TransformersEngine:
         pad = self.tokenizer.pad_token_id
         # Left padding: all rows then share their next position in the cache.
         input_ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device
+        )
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         uniforms_BT = uniforms_BT.to(device)
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -112,7 +133,9 @@ class TransformersEngine:
                 output.logits[:, -1].float(), uniforms_BT[alive, t], settings.temperature
             )
             rows = alive.tolist()
-            for row, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
+            for row, token, logprob in zip(
+                rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True
+            ):
                 if not ended[row]:
                     tokens[row].append(token)
                     logprobs[row].append(logprob)
@@ -122,10 +145,16 @@ class TransformersEngine:
                 break
             input_ids, positions = chosen.unsqueeze(1), positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(chosen).unsqueeze(1)], dim=1)
-            if len(keep) <= len(rows) * 3 // 4:  # compaction copies the cache: worth it for many rows at once
+            # Compaction copies the cache: worth it for many rows at once.
+            if len(keep) <= len(rows) * 3 // 4:
                 index = torch.tensor(keep, device=device)
                 cache.batch_select_indices(index)
-                alive, input_ids, positions, mask = alive[index], input_ids[index], positions[index], mask[index]
+                alive, input_ids, positions, mask = (
+                    alive[index],
+                    input_ids[index],
+                    positions[index],
+                    mask[index],
+                )
         return tokens, logprobs
 
     def _is_end(self, row: list[int], settings: SamplingSettings) -> bool:
@@ -135,7 +164,7 @@ class TransformersEngine:
         if not settings.stop:
             return False
         text = self.tokenizer.decode(row[-16:], skip_special_tokens=True)
-        return any(stop.strip() in text for stop in settings.stop)
+        return any(mark in text for mark in settings.stop_marks)
 
     def _assemble(
         self,
@@ -148,7 +177,9 @@ class TransformersEngine:
         num = len(requests)
         prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)
         lengths = np.array([len(row) for row in tokens], dtype=np.int64)
-        sequence = np.full((num, int((prompt_lengths + lengths).max())), self.tokenizer.pad_token_id, np.int64)
+        sequence = np.full(
+            (num, int((prompt_lengths + lengths).max())), self.tokenizer.pad_token_id, np.int64
+        )
         logprobs_BT = np.zeros((num, int(lengths.max())), dtype=np.float32)
         responses, truncated = [], np.zeros(num, dtype=np.bool_)
         for row in range(num):
@@ -156,7 +187,7 @@ class TransformersEngine:
             sequence[row, : len(ids)] = ids
             logprobs_BT[row, : len(tokens[row])] = logprobs[row]
             text = self.tokenizer.decode(tokens[row], skip_special_tokens=True)
-            stopped = [text.index(stop.strip()) for stop in settings.stop if stop.strip() in text]
+            stopped = [text.index(mark) for mark in settings.stop_marks if mark in text]
             if stopped:
                 text = text[: min(stopped)].rstrip()
             truncated[row] = not stopped and tokens[row][-1] != self.tokenizer.eos_token_id

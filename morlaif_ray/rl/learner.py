@@ -70,7 +70,8 @@ class PPOLearner:
         self.reference: Any | None = None
         if config.lora is None:
             self.reference = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-        torch.manual_seed(derive_seed(seed, "adapters"))  # LoRA's A matrices are drawn from the global generator
+        # LoRA's A matrices are drawn from the global generator.
+        torch.manual_seed(derive_seed(seed, "adapters"))
         self.policy = PolicyModel(
             model,
             separate_critic=config.separate_critic,
@@ -93,7 +94,9 @@ class PPOLearner:
     def update(self, batch: RolloutBatch, reward_B: FloatArray) -> UpdateMetrics:
         """One PPO step on a rollout batch and its scalar rewards; NumericalError on a non-finite loss or reward."""
         if not np.isfinite(reward_B).all():
-            raise NumericalError(f"PPO step {self.step}: reward {int(np.argmin(np.isfinite(reward_B)))} is not finite")
+            raise NumericalError(
+                f"PPO step {self.step}: reward {int(np.argmin(np.isfinite(reward_B)))} is not finite"
+            )
         tokens = self._to_tokens(batch)
         scaled_B = self._scale(reward_B)
         with torch.no_grad():
@@ -102,8 +105,12 @@ class PPOLearner:
         mask = tokens.mask_BT
         kl_BT = kl_penalty(old_logprobs, ref_logprobs, self.config.kl_estimator)
         rewards_BT = place_rewards(kl_BT, mask, scaled_B, self.kl_controller.coefficient)
-        advantages, returns = gae(rewards_BT, old_values, mask, self.config.gamma, self.config.gae_lambda)
-        experience = Experience(tokens, old_logprobs, old_values, masked_whiten(advantages, mask), returns)
+        advantages, returns = gae(
+            rewards_BT, old_values, mask, self.config.gamma, self.config.gae_lambda
+        )
+        experience = Experience(
+            tokens, old_logprobs, old_values, masked_whiten(advantages, mask), returns
+        )
         coefficient = self.kl_controller.coefficient
         rate = self._set_learning_rate()
         losses = self._optimise(experience)
@@ -138,7 +145,9 @@ class PPOLearner:
             torch.from_numpy(np.array(batch.prompt_lengths_B)),
             torch.from_numpy(np.array(batch.response_lengths_B)),
         )
-        fields = {f.name: getattr(tokens, f.name).to(self.device) for f in dataclasses.fields(tokens)}
+        fields = {
+            f.name: getattr(tokens, f.name).to(self.device) for f in dataclasses.fields(tokens)
+        }
         return TokenBatch(**fields)
 
     def _scale(self, reward_B: FloatArray) -> Tensor:
@@ -147,7 +156,9 @@ class PPOLearner:
             self.reward_scale.update(reward_B.tolist())
             reward_B = reward_B / self.reward_scale.std
         limit = self.config.reward_clip
-        return torch.tensor(np.clip(reward_B, -limit, limit), dtype=torch.float32, device=self.device)
+        return torch.tensor(
+            np.clip(reward_B, -limit, limit), dtype=torch.float32, device=self.device
+        )
 
     def _microbatches(self, rows: Tensor) -> list[Tensor]:
         return list(rows.split(self.config.microbatch_size))
@@ -180,7 +191,7 @@ class PPOLearner:
 
     def _optimise(self, experience: Experience) -> dict[str, float]:
         num_rows = experience.tokens.mask_BT.shape[0]
-        size = num_rows // self.config.num_minibatches
+        size = max(1, num_rows // self.config.num_minibatches)
         records: list[dict[str, float]] = []
         for epoch in range(self.config.num_epochs):
             rng = np.random.default_rng(derive_seed(self.seed, "minibatches", self.step, epoch))
@@ -219,13 +230,17 @@ class PPOLearner:
                 raise NumericalError(
                     f"PPO step {self.step}: the loss is {float(loss.detach())}; lower policy.learning_rate"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             share = float(part.mask_BT.sum()) / float(denominator)
             sums["policy_loss"] += float(policy_loss.detach())
             sums["value_loss"] += float(value_loss.detach())
             sums["approx_kl"] += share * float(metrics["approx_kl"])
             sums["clipfrac"] += share * float(metrics["clipfrac"])
         norm = torch.nn.utils.clip_grad_norm_(self._trainable, self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NumericalError(
+                f"PPO step {self.step}: the gradient is not finite; lower policy.learning_rate"
+            )
         self.optimizer.step()
         return {**sums, "grad_norm": float(norm)}
 

@@ -43,7 +43,9 @@ class TokenBatch:
         )
 
     @classmethod
-    def from_lengths(cls, tokens_BL: Tensor, prompt_lengths_B: Tensor, response_lengths_B: Tensor) -> TokenBatch:
+    def from_lengths(
+        cls, tokens_BL: Tensor, prompt_lengths_B: Tensor, response_lengths_B: Tensor
+    ) -> TokenBatch:
         """Builds masks and positions from the lengths of prompts and responses."""
         num_tokens = int(response_lengths_B.max())
         steps_L = torch.arange(tokens_BL.shape[1])
@@ -58,13 +60,23 @@ class TokenBatch:
 class PolicyModel(nn.Module):
     """A causal LM and a value function: a linear head on the policy's trunk, or a critic trunk of its own."""
 
-    def __init__(self, model: Any, *, separate_critic: bool, temperature: float, lora: LoraConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        separate_critic: bool,
+        temperature: float,
+        lora: LoraConfig | None = None,
+    ) -> None:
         super().__init__()
-        width = model.config.get_text_config().hidden_size
+        settings = model.config.get_text_config()
+        width = settings.hidden_size
+        self._softcap: float | None = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
         self.critic = copy.deepcopy(_trunk(model)) if separate_critic else None
         self.model = model if lora is None else _with_adapters(model, lora)
         self.value_head = nn.Linear(width, 1)
-        nn.init.zeros_(self.value_head.weight)  # values start at 0: the first advantages are the rewards themselves
+        # Values start at 0: the first advantages are the rewards themselves.
+        nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.temperature = temperature
 
@@ -74,7 +86,7 @@ class PolicyModel(nn.Module):
         Entropies are for monitoring: computed only where no gradient is recorded, else zeros.
         """
         hidden_BTD = self._states(_trunk(self._base()), batch)
-        logits_BTV = self._logits(hidden_BTD)
+        logits_BTV = self._logits(hidden_BTD, self._base())
         value_states = hidden_BTD if self.critic is None else self._states(self.critic, batch)
         values_BT = self.value_head(value_states.float()).squeeze(-1)
         recording = torch.is_grad_enabled()
@@ -83,7 +95,8 @@ class PolicyModel(nn.Module):
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """Log-probabilities of the response tokens, [B, T]."""
-        logits_BTV = self._logits(self._states(_trunk(self._base()), batch))
+        base = self._base()
+        logits_BTV = self._logits(self._states(_trunk(base), batch), base)
         return token_logprobs(logits_BTV, batch.tokens_BT)
 
     def reference_logprobs(self, batch: TokenBatch, reference: Any | None) -> Tensor:
@@ -92,14 +105,15 @@ class PolicyModel(nn.Module):
             with self.model.disable_adapter():
                 return self.logprobs(batch)
         hidden_BTD = self._states(_trunk(reference), batch)
-        logits_BTV = reference.get_output_embeddings()(hidden_BTD) / self.temperature
-        return token_logprobs(logits_BTV, batch.tokens_BT)
+        return token_logprobs(self._logits(hidden_BTD, reference), batch.tokens_BT)
 
     def _base(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
-    def _logits(self, hidden_BTD: Tensor) -> Tensor:
-        logits: Tensor = self._base().get_output_embeddings()(hidden_BTD)
+    def _logits(self, hidden_BTD: Tensor, model: Any) -> Tensor:
+        logits: Tensor = model.get_output_embeddings()(hidden_BTD)
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits / self.temperature
 
     @staticmethod

@@ -18,8 +18,13 @@ IGNORED = -100
 
 
 def encode_dialogue(tokenizer: Any, dialogue: Dialogue, max_length: int) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of one dialogue: prompt tokens ignored, EOS learned. The oldest prompt tokens go first."""
-    whole = tokenizer(dialogue_text(dialogue.prompt, dialogue.response), add_special_tokens=True)["input_ids"]
+    """`input_ids` and `labels` of one dialogue: prompt tokens ignored, EOS learned.
+
+    A dialogue that is too long loses its oldest prompt tokens first, then the end of its response.
+    """
+    whole = tokenizer(dialogue_text(dialogue.prompt, dialogue.response), add_special_tokens=True)[
+        "input_ids"
+    ]
     prompt = encode_prompt(tokenizer, dialogue.prompt, 1 << 30)
     response = [*whole[len(prompt) :], tokenizer.eos_token_id][: max_length - 1]
     prompt = prompt[-(max_length - len(response)) :]

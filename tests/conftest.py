@@ -1,0 +1,60 @@
+"""What all tests share: an environment that no test leaks, a Ray that the tests own, and one finished smoke run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.session import prepare_environment
+
+# Ray reads the authentication mode when it is imported and the token once per process: both before the first import.
+prepare_environment()
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+from tests.jobs.commands import FinishedRun, run_small  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment_is_restored() -> Iterator[None]:
+    """A module's Ray may set variables (token paths, addresses) that would mislead the next module's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """A local Ray for the tests of one module."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="mt-", dir="/tmp")  # Ray's socket paths are limited to 107 bytes
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 * 1024**2,
+        _temp_dir=folder,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """`morlaif run` on the smoke config, once per test session, in a process of its own. Read only: use `run_copy`."""
+    return run_small(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def run_copy(finished_run: FinishedRun, tmp_path: Path) -> Path:
+    """A run folder of one's own with all stages published."""
+    return Path(shutil.copytree(finished_run.run_dir, tmp_path / "run"))
