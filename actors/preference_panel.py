@@ -1,7 +1,7 @@
 """All preference models of a run behind one call: `panel.score(texts) -> ScoreTable` in a fixed column order.
 
-Placement is a choice, not a code path: one actor per saved model, or all in one actor. Raw scores; the normaliser belongs
-to the reward.
+Placement is a choice, not a code path: one actor per saved model, or all in one actor. Raw scores; the normaliser
+belongs to the reward.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Preference models as Ray Tune trials of a Ray Train trainer: K principles (or one trunk) and the baselines.
 
-Tune is the scheduler: it runs `concurrent_trials` at a time, retries a lost one, and every training resumes from its own
-checkpoint in the work folder, so neither a dead worker nor a dead driver loses more than a few steps.
+Tune is the scheduler: it runs `concurrent_trials` at a time, retries a lost one, and every training resumes from its
+own checkpoint in the work folder, so neither a dead worker nor a dead driver loses more than a few steps.
 """
 
 from __future__ import annotations

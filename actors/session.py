@@ -44,6 +44,10 @@ WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 
+SESSION_ROOT = "/tmp" if os.name == "posix" else tempfile.gettempdir()
+SESSION_PREFIX = "morlaif-"
+OWNER = "pid"
+
 
 def prepare_environment() -> None:
     """Sets what Ray and its workers read from the environment.
@@ -122,8 +126,11 @@ def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], Non
     import ray
 
     say("starting a local Ray")
-    # Socket paths are limited to 107 bytes, so the session folder cannot live in the run folder.
-    session_dir = Path(tempfile.mkdtemp(prefix="morlaif-", dir="/tmp" if os.name == "posix" else None))
+    _remove_orphans()
+    # Socket paths are limited to 107 bytes, so the session folder cannot live in the run folder. Mode 0700: Ray opens
+    # its own folder below to everyone.
+    session_dir = Path(tempfile.mkdtemp(prefix=SESSION_PREFIX, dir=SESSION_ROOT))
+    (session_dir / OWNER).write_text(str(os.getpid()), encoding="utf-8")
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         token = session_dir / "token"
         descriptor = os.open(token, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
@@ -138,7 +145,7 @@ def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], Non
             object_store_memory=cluster.object_store_mb * 1024 * 1024,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=str(session_dir),
+            _temp_dir=str(session_dir / "ray"),
         )
     except Exception as error:
         shutil.rmtree(session_dir, ignore_errors=True)
@@ -148,12 +155,24 @@ def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], Non
     atexit.register(_end_local, session_dir, log_dir)
 
 
+def _remove_orphans() -> None:
+    """Session folders of jobs that were killed and could not clean up after themselves."""
+    for folder in Path(SESSION_ROOT).glob(f"{SESSION_PREFIX}*"):
+        try:
+            owner = int((folder / OWNER).read_text(encoding="utf-8"))
+            os.kill(owner, 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # another person's, or not a session folder
+
+
 def _end_local(session_dir: Path, log_dir: Path) -> None:
     """Ends our own Ray, keeps its logs in the run folder, removes the session folder."""
     import ray
 
     ray.shutdown()
-    logs = session_dir / "session_latest" / "logs"
+    logs = session_dir / "ray" / "session_latest" / "logs"
     if logs.is_dir() and log_dir.is_dir():
         target = log_dir / "ray"
         shutil.rmtree(target, ignore_errors=True)

@@ -7,12 +7,14 @@ every method of this package's actors is, because samples are seeded by content 
 
 from __future__ import annotations
 
+import errno
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from morlaif_ray.errors import ActorLostError
+from morlaif_ray.errors import ActorLostError, MorlaifError
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,23 @@ def _collect(call: Call, reference: Any, handle: Any) -> tuple[bool, Any]:
     try:
         return True, ray.get(reference, timeout=call.actor.call_timeout_s)
     except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from None
+        raise cause_of(error) from None
     except ray.exceptions.GetTimeoutError:
         call.actor.revive(handle, f"no answer to {call.method} in {call.actor.call_timeout_s:.0f} s")
     except ray.exceptions.RayActorError as error:
         call.actor.revive(handle, one_line(error))
     return False, None
+
+
+def cause_of(error: Any) -> BaseException:
+    """What a remote method raised. Ours and the system's errors as they are, so that a full disk is known as one."""
+    cause = error.cause
+    if isinstance(cause, MorlaifError | OSError):
+        return cause
+    if "No space left on device" in str(cause):  # safetensors has an error of its own
+        return OSError(errno.ENOSPC, "No space left on device")
+    whole: BaseException = error.as_instanceof_cause()
+    return whole
 
 
 def one_line(error: BaseException) -> str:
@@ -167,7 +180,7 @@ def one_line(error: BaseException) -> str:
         return type(error).__name__
     # An error in the constructor comes with its traceback: the last line says what it was.
     said = lines[-1] if "creation task" in lines[0] else lines[0]
-    return said[:300].removeprefix("morlaif_ray.errors.")
+    return re.sub(r"^morlaif_ray\.errors\.\w+: ", "", said)[:300]
 
 
 def map_over(

@@ -1,4 +1,4 @@
-"""One policy in training: its actors, its prompts, its reward, its record on disk. `train_policy.run_arm` is the loop."""
+"""One policy in training: its actors, prompts, reward, and record on disk. `train_policy.run_arm` is the loop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import numpy as np
 from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool
-from actors.supervision import one_line
+from actors.supervision import cause_of, one_line
 from jobs.context import JobContext
 from jobs.train_sft import sft_model_path
-from morlaif_ray.artifacts import read_json, read_records, read_table, write_json, write_table
+from morlaif_ray.artifacts import read_records, read_table, write_json, write_table
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config.learning import ArmConfig
 from morlaif_ray.errors import ActorLostError, ScalarizerError
@@ -142,7 +142,7 @@ class Arm:
         self.seconds["seconds_refresh"] = time.monotonic() - started
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a row to the arm's log, which survives a kill. Seconds go elsewhere: the log is the same in every run."""
+        """Adds a row to the arm's log, which survives a kill. Seconds go elsewhere: they differ from run to run."""
         row = {"step": float(step), **metrics}
         seconds = self.context.path("timings", f"policy-{self.config.name}.jsonl")
         seconds.parent.mkdir(exist_ok=True)
@@ -192,7 +192,7 @@ class Arm:
         try:
             return ray.get(getattr(self._learner, method).remote(*arguments), timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise cause_of(error) from None
         except ray.exceptions.GetTimeoutError:
             self._restore_learner(f"no answer to {method} in {timeout_s:.0f} s")
         except ray.exceptions.RayActorError as error:
@@ -218,7 +218,7 @@ class Arm:
                 f"free CPUs or GPUs ('morlaif plan'), or raise cluster.start_timeout_s"
             ) from None
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise cause_of(error) from None
         except ray.exceptions.RayActorError as error:
             raise ActorLostError(
                 f"arm '{self.config.name}': the learner did not start: {one_line(error)}"

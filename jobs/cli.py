@@ -107,6 +107,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _run(options: argparse.Namespace) -> int:
     from jobs.context import open_run
     from jobs.progress import Reporter
+    from morlaif_ray.artifacts import explain_os_errors
     from morlaif_ray.config import load_config
 
     config_path = options.config
@@ -131,7 +132,8 @@ def _run(options: argparse.Namespace) -> int:
     from actors.session import prepare_environment
 
     prepare_environment()
-    importlib.import_module(JOBS[options.job][0]).run(context)
+    with explain_os_errors(run_dir):  # a full disk shows itself anywhere
+        importlib.import_module(JOBS[options.job][0]).run(context)
     return 0
 
 

@@ -47,7 +47,10 @@ class WandbTracker:
     def __init__(self, project: str, training: str, config: Config) -> None:
         wandb = _optional("wandb")
         self._run = wandb.init(
-            project=project, name=f"{config.name}-{training}", config=config.model_dump(mode="json"), reinit="create_new"
+            project=project,
+            name=f"{config.name}-{training}",
+            config=config.model_dump(mode="json"),
+            reinit="create_new",
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

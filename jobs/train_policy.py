@@ -94,9 +94,9 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
             batch = arm.generate(step)
             scored = arm.score(batch)
             metrics = arm.update(step, batch, scored)
+            arm.refresh(step + 1)
+            arm.record(step + 1, metrics)
             step += 1
-            arm.refresh(step)
-            arm.record(step, metrics)
             shown = {**metrics, **arm.seconds}
             tracker.log(step, shown)
             gauges.log(arm.config.name, shown)
@@ -105,8 +105,8 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
             if step % arm.context.config.policy.checkpoint_every == 0 and step < arm.num_steps:
                 arm.checkpoint()
         except LearnerWentBack:
-            lost, step = step, arm.step
-            task.advance(min(0, step - lost))
+            task.advance(arm.step - step)
+            step = arm.step
     tracker.close()
 
 

@@ -1,4 +1,4 @@
-"""Stage 3: one preference model per principle (or one shared trunk), the single-objective baselines, and their scores."""
+"""Stage 3: one preference model per principle (or one shared trunk), the single-objective baselines, their scores."""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def judge_verdicts(
     config = context.config
     recipe = recipe_of(config.feedback.judge, config.seed)
     plan = plan_questions([], orders="both", seed=config.seed, recipe=recipe)
-    rows = {name: [i for i, owner in enumerate(responses["policy"]) if owner == name] for pair in pairs for name in pair}
+    owners = responses["policy"]
+    names = {name for pair in pairs for name in pair}
+    rows = {name: [i for i, owner in enumerate(owners) if owner == name] for name in names}
     duels = [
         (policy, opponent, _duel(responses, mine, theirs))
         for policy, opponent in pairs

@@ -119,7 +119,7 @@ class RolloutBatch:
     response_lengths_B: IntArray
     """Number of response tokens, EOS included; at least 1."""
     logprobs_BT: Float32Array
-    """Engine's log-probability (nats) of each sampled response token at the sampling temperature; 0 beyond the length."""
+    """Engine's log-probability (nats) of each sampled token at the sampling temperature; 0 beyond the length."""
     truncated_B: BoolArray
     """True where the response ended without EOS or a stop string."""
     policy_version: int

@@ -34,7 +34,9 @@ def ray_session() -> Iterator[None]:
     """A local Ray for the tests of one module."""
     import ray
 
-    folder = tempfile.mkdtemp(prefix="mt-", dir="/tmp")  # Ray's socket paths are limited to 107 bytes
+    folder = tempfile.mkdtemp(
+        prefix="mt-", dir="/tmp"
+    )  # Ray's socket paths are limited to 107 bytes
     ray.init(
         num_cpus=4,
         include_dashboard=False,

@@ -45,8 +45,6 @@ def build_sft_trainer(
 ) -> Any:
     """An `SFTTrainer` ready to train; `num_workers` data-parallel ranks share `config.batch_size`."""
     import datasets
-    import torch
-    from trl import SFTConfig as TrlConfig
     from trl import SFTTrainer
 
     if isinstance(model_config, ScratchModel):
@@ -55,8 +53,31 @@ def build_sft_trainer(
         model = load_causal_lm(
             model_config.path, dtype=model_config.dtype, revision=model_config.revision
         )
+    def encoded(items: Sequence[Dialogue]) -> Any:
+        return datasets.Dataset.from_list(
+            [encode_dialogue(tokenizer, item, model_config.max_length) for item in items]
+        )
+
+    return SFTTrainer(
+        model=model,
+        args=_trl_config(config, model_config, output_dir, seed, num_workers),
+        train_dataset=encoded(dialogues),
+        eval_dataset=encoded(heldout) if heldout else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=_peft(config.lora),
+    )
+
+
+def _trl_config(
+    config: SftConfig, model_config: ModelConfig, output_dir: Path, seed: int, num_workers: int
+) -> Any:
+    """TRL's settings: cosine schedule, checkpoints by step, no reporting of its own, bf16 on GPU only."""
+    import torch
+    from trl import SFTConfig as TrlConfig
+
     on_gpu = torch.cuda.is_available()
-    arguments = TrlConfig(
+    return TrlConfig(
         output_dir=str(output_dir),
         max_steps=config.num_steps,
         per_device_train_batch_size=config.batch_size // num_workers,
@@ -82,21 +103,6 @@ def build_sft_trainer(
         train_sampling_strategy="group_by_length",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
-    )
-
-    def encoded(items: Sequence[Dialogue]) -> Any:
-        return datasets.Dataset.from_list(
-            [encode_dialogue(tokenizer, item, model_config.max_length) for item in items]
-        )
-
-    return SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=encoded(dialogues),
-        eval_dataset=encoded(heldout) if heldout else None,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        peft_config=_peft(config.lora),
     )
 
 

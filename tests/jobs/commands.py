@@ -74,7 +74,9 @@ class Running:
     def text(self) -> str:
         return "\n".join(line for _, line in self.lines)
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S
+    ) -> None:
         """Looks at the run folder every few milliseconds: the run itself sends no events."""
         deadline = time.monotonic() + timeout_s
         while not condition():
