@@ -40,5 +40,10 @@ def spawn_preference_model(
     """An actor handle of a `PreferenceModelActor` that reserves the given CPUs and GPUs."""
     device = "cuda" if num_gpus else "cpu"
     return spawn(
-        PreferenceModelActor, list(folders), batch_size, device, num_cpus=num_cpus, num_gpus=num_gpus
+        PreferenceModelActor,
+        list(folders),
+        batch_size,
+        device,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
     )

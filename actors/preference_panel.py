@@ -44,17 +44,25 @@ def panel_columns(folder: Path, wanted_baselines: Sequence[str]) -> list[Column]
                 f"{folder / 'panel.json'}: no baseline '{name}'; add it to preference.baselines and train again"
             )
         entry = card["baselines"][name]
-        columns.append(Column(f"baseline_{name}", str(folder / entry["folder"]), int(entry["head"])))
+        columns.append(
+            Column(f"baseline_{name}", str(folder / entry["folder"]), int(entry["head"]))
+        )
     return columns
 
 
 class PreferencePanel:
     """Owns its actors; `close()` ends them. Safe to use from several threads."""
 
-    def __init__(self, config: Config, columns: Sequence[Column], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, columns: Sequence[Column], say: Callable[[str], None]
+    ) -> None:
         self.columns = tuple(columns)
         folders = list(dict.fromkeys(column.folder for column in columns))
-        groups = [folders] if config.preference.panel_placement == "one_actor" else [[f] for f in folders]
+        groups = (
+            [folders]
+            if config.preference.panel_placement == "one_actor"
+            else [[f] for f in folders]
+        )
         gpus = config.policy.panel_gpus_per_model
         batch_size = config.preference.score_batch_size
 
@@ -81,8 +89,12 @@ class PreferencePanel:
         answers: dict[str, Any] = {}
         for answer in call_all([Call(actor, "score", (list(texts),)) for actor in self._actors]):
             answers.update(answer)
-        scores = np.stack([answers[column.folder][:, column.head] for column in self.columns], axis=1)
-        return ScoreTable(scores_BK=scores, principles=tuple(column.name for column in self.columns))
+        scores = np.stack(
+            [answers[column.folder][:, column.head] for column in self.columns], axis=1
+        )
+        return ScoreTable(
+            scores_BK=scores, principles=tuple(column.name for column in self.columns)
+        )
 
     def close(self) -> None:
         for actor in self._actors:

@@ -169,4 +169,6 @@ def _raise_first(results: Any) -> None:
         if "morlaif_ray.errors." in line:
             raise ActorLostError(line.split(": ", 1)[-1].strip())
     last = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
-    raise ActorLostError(f"training of a preference model failed: {last}; see logs/ in the run folder")
+    raise ActorLostError(
+        f"training of a preference model failed: {last}; see logs/ in the run folder"
+    )

@@ -18,7 +18,9 @@ from morlaif_ray.types import GenerationRequest, RolloutBatch
 class RolloutPool:
     """Owns its workers; `close()` ends them. A worker that restarts rejoins only with the current weights."""
 
-    def __init__(self, config: Config, model_path: str, num_workers: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, model_path: str, num_workers: int, say: Callable[[str], None]
+    ) -> None:
         self._weights: Any = None
         self._version = 0
         self._model_path = model_path
@@ -60,9 +62,15 @@ class RolloutPool:
         items = [(list(chunk), settings) for chunk in chunks]
         return map_over(self._workers, "generate", items, on_result)
 
-    def generate(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> RolloutBatch:
+    def generate(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> RolloutBatch:
         """All requests as one batch, split evenly over the workers."""
-        parts = [list(part) for part in np.array_split(np.arange(len(requests)), len(self._workers)) if len(part)]
+        parts = [
+            list(part)
+            for part in np.array_split(np.arange(len(requests)), len(self._workers))
+            if len(part)
+        ]
         return join_batches(self.map([[requests[i] for i in part] for part in parts], settings))
 
     def load_weights(self, weights: Any, version: int) -> None:
@@ -73,7 +81,9 @@ class RolloutPool:
     def load_model(self, model_path: str) -> None:
         """Replaces the model of every worker (evaluation of several policies)."""
         self._weights, self._version, self._model_path = None, 0, model_path
-        call_all([Call(worker, "load_model", (model_path, self._dtype)) for worker in self._workers])
+        call_all(
+            [Call(worker, "load_model", (model_path, self._dtype)) for worker in self._workers]
+        )
 
     def close(self) -> None:
         for worker in self._workers:

@@ -23,7 +23,9 @@ class RolloutWorker:
         """The policy version held."""
         return self.engine.policy_version
 
-    def generate(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> RolloutBatch:
+    def generate(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> RolloutBatch:
         return self.engine.generate(requests, settings)
 
     def load_model(self, model_path: str, dtype: str = "float32") -> int:
@@ -39,9 +41,7 @@ class RolloutWorker:
         return version
 
 
-def spawn_rollout_worker(
-    model_path: str, *, dtype: str, num_cpus: float, num_gpus: float
-) -> Any:
+def spawn_rollout_worker(model_path: str, *, dtype: str, num_cpus: float, num_gpus: float) -> Any:
     """An actor handle of a `RolloutWorker` that reserves the given CPUs and GPUs."""
     device = "cuda" if num_gpus else "cpu"
     return spawn(RolloutWorker, model_path, dtype, device, num_cpus=num_cpus, num_gpus=num_gpus)

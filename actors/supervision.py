@@ -129,7 +129,9 @@ def call_all(calls: Sequence[Call]) -> list[Any]:
     Raises the method's own error as it is, or ActorLostError when a restart budget is used up.
     """
     results: list[Any] = [None] * len(calls)
-    waiting = {index: call.actor.submit(call.method, call.arguments) for index, call in enumerate(calls)}
+    waiting = {
+        index: call.actor.submit(call.method, call.arguments) for index, call in enumerate(calls)
+    }
     while waiting:
         for index, (reference, handle) in list(waiting.items()):
             call = calls[index]
@@ -156,7 +158,9 @@ def _collect(call: Call, reference: Any, handle: Any) -> tuple[bool, Any]:
     except ray.exceptions.RayTaskError as error:
         raise cause_of(error) from None
     except ray.exceptions.GetTimeoutError:
-        call.actor.revive(handle, f"no answer to {call.method} in {call.actor.call_timeout_s:.0f} s")
+        call.actor.revive(
+            handle, f"no answer to {call.method} in {call.actor.call_timeout_s:.0f} s"
+        )
     except ray.exceptions.RayActorError as error:
         call.actor.revive(handle, one_line(error))
     return False, None

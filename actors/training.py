@@ -125,10 +125,22 @@ def sft_loop(settings: Mapping[str, Any]) -> None:
         trainer.train()
     else:
         with checkpoint.as_directory() as folder:
-            trainer.train(resume_from_checkpoint=str(Path(folder) / "checkpoint"))
+            _resume(trainer, Path(folder) / "checkpoint", config.sft.num_steps)
     heldout = trainer.evaluate() if num_heldout else {}
     if world.get_world_rank() == 0:
         _leave_sft_results(trainer, work, len(dialogues), heldout)
+
+
+def _resume(trainer: Any, folder: Path, num_steps: int) -> None:
+    """Goes on from a checkpoint. From one of the last step `Trainer.train` would take one step too many."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    if state.global_step < num_steps:
+        trainer.train(resume_from_checkpoint=str(folder))
+        return
+    trainer._load_from_checkpoint(str(folder))
+    trainer.state = state
 
 
 def _mute(trainer: Any) -> None:
@@ -139,7 +151,9 @@ def _mute(trainer: Any) -> None:
     trainer.remove_callback(ProgressCallback)
 
 
-def _leave_sft_results(trainer: Any, work: Path, num_dialogues: int, heldout: Mapping[str, Any]) -> None:
+def _leave_sft_results(
+    trainer: Any, work: Path, num_dialogues: int, heldout: Mapping[str, Any]
+) -> None:
     from morlaif_ray.backbone import save_pretrained
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -150,7 +164,11 @@ def _leave_sft_results(trainer: Any, work: Path, num_dialogues: int, heldout: Ma
     write_csv(
         work / "training.csv",
         [
-            {"step": r["step"], "loss": float(r["loss"]), "learning_rate": float(r["learning_rate"])}
+            {
+                "step": r["step"],
+                "loss": float(r["loss"]),
+                "learning_rate": float(r["learning_rate"]),
+            }
             for r in records
         ],
     )
@@ -168,9 +186,7 @@ def _leave_sft_results(trainer: Any, work: Path, num_dialogues: int, heldout: Ma
     )
 
 
-def fit_sft(
-    config: Config, work: Path, tokenizer: str, advance: Callable[[int], None]
-) -> None:
+def fit_sft(config: Config, work: Path, tokenizer: str, advance: Callable[[int], None]) -> None:
     """Trains the target model on Ray Train; same work folder + same call resumes from the last checkpoint."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -211,7 +227,9 @@ def _fit(trainer: Any, what: str) -> None:
         cause = find_cause(error)
         if isinstance(cause, MorlaifError):
             raise cause from error
-        raise ActorLostError(f"{what}: training failed ({cause}); see logs/ in the run folder") from error
+        raise ActorLostError(
+            f"{what}: training failed ({cause}); see logs/ in the run folder"
+        ) from error
 
 
 def _interruptible(work: Callable[[], Any]) -> None:
@@ -248,8 +266,14 @@ def find_cause(error: BaseException) -> BaseException:
             return item
         failures = getattr(item, "worker_failures", None)
         if isinstance(failures, Mapping):
-            queue += [failure for failure in failures.values() if isinstance(failure, BaseException)]
-        queue += [x for x in (item.__cause__, getattr(item, "cause", None), item.__context__) if isinstance(x, BaseException)]
+            queue += [
+                failure for failure in failures.values() if isinstance(failure, BaseException)
+            ]
+        queue += [
+            x
+            for x in (item.__cause__, getattr(item, "cause", None), item.__context__)
+            if isinstance(x, BaseException)
+        ]
     return seen[-1]
 
 

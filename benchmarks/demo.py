@@ -31,7 +31,9 @@ LIMITS = {"demo_wall_s": 480.0, "peak_memory_gb": 8.0, "first_line_s": 5.0, "hel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--keep", type=Path, help="keep the run folder here")
     options = parser.parse_args()
@@ -40,7 +42,9 @@ def main() -> None:
         run_dir = (options.keep or Path(scratch) / "demo").absolute()
         figures |= _run_demo(options.config, run_dir)
         figures |= _method_figures(run_dir)
-    figures["machine"] = f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}"
+    figures["machine"] = (
+        f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}"
+    )
     for name, value in figures.items():
         limit = f"   (limit {LIMITS[name]:g})" if name in LIMITS else ""
         print(f"{name:34s} {value}{limit}")
@@ -51,7 +55,9 @@ def _help_seconds() -> float:
     seconds = []
     for _ in range(NUM_HELP_RUNS):
         started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "jobs", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "jobs", "--help"], check=True, stdout=subprocess.DEVNULL
+        )
         seconds.append(time.monotonic() - started)
     return round(statistics.median(seconds), 3)
 

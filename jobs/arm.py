@@ -6,7 +6,6 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,16 @@ from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool
 from actors.supervision import cause_of, one_line
 from jobs.context import JobContext
+from jobs.prompt_schedule import PromptSchedule
 from jobs.train_sft import sft_model_path
-from morlaif_ray.artifacts import read_records, read_table, write_json, write_table
+from morlaif_ray.artifacts import read_table, write_json, write_table
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config.learning import ArmConfig
 from morlaif_ray.errors import ActorLostError, ScalarizerError
 from morlaif_ray.reward.function import RewardFunction
 from morlaif_ray.rl.generation import SamplingSettings
 from morlaif_ray.seeding import derive_seed
-from morlaif_ray.types import FloatArray, GenerationRequest, Prompt, RolloutBatch
+from morlaif_ray.types import FloatArray, GenerationRequest, RolloutBatch
 
 METRICS_LOG = "metrics.jsonl"
 
@@ -51,12 +51,15 @@ class ScoredBatch:
 class Arm:
     """Owns a learner and a rollout pool; shares the panel. Used by one thread."""
 
-    def __init__(self, context: JobContext, config: ArmConfig, work: Path, panel: PreferencePanel) -> None:
+    def __init__(
+        self, context: JobContext, config: ArmConfig, work: Path, panel: PreferencePanel
+    ) -> None:
         self.context = context
         self.config = config
         self.work = work
         self.panel = panel
         self.step = 0
+        self._schedule = PromptSchedule(context)
         self.num_steps = config.num_steps or context.config.policy.num_steps
         self.seconds: dict[str, float] = {}
         """Wall seconds of the phases of the last step."""
@@ -85,7 +88,10 @@ class Arm:
         config = self.context.config
         self._learner = self._spawn_learner()
         self._rollouts = RolloutPool(
-            config, sft_model_path(self.context), config.policy.num_rollout_workers, self.context.reporter.line
+            config,
+            sft_model_path(self.context),
+            config.policy.num_rollout_workers,
+            self.context.reporter.line,
         )
         self._adopt_learner()
         if self.step:
@@ -99,7 +105,7 @@ class Arm:
         policy = self.context.config.policy
         requests = [
             GenerationRequest(prompt, derive_seed(self.context.config.seed, "policy", step, index))
-            for index, prompt in enumerate(self._prompts_of(step))
+            for index, prompt in enumerate(self._schedule.prompts_of(step))
         ]
         settings = SamplingSettings(policy.max_new_tokens, policy.temperature, tuple(policy.stop))
         batch = self._rollouts.generate(requests, settings)
@@ -120,11 +126,16 @@ class Arm:
                 f"arm '{self.config.name}': {self._missing} of {self._scores} scores are missing, more than "
                 f"reward.max_missing_share ({limit:g}) allows"
             )
-        reward_B = result.reward_B - self.context.config.policy.truncation_penalty * batch.truncated_B
+        reward_B = (
+            result.reward_B - self.context.config.policy.truncation_penalty * batch.truncated_B
+        )
         principles = raw[:, self._principle_columns]
         self.seconds["seconds_score"] = time.monotonic() - started
         return ScoredBatch(
-            reward_B, principles, self._all_principles.normaliser.apply(principles), time.monotonic() - started
+            reward_B,
+            principles,
+            self._all_principles.normaliser.apply(principles),
+            time.monotonic() - started,
         )
 
     def update(self, step: int, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
@@ -258,24 +269,6 @@ class Arm:
         with suppress(LearnerWentBack):  # lost once more: the inner call has restored everything
             self._rollouts.load_weights(self._new_weights(), self.step)
 
-    @cached_property
-    def _prompts(self) -> list[str]:
-        prompts = read_records(self.context.path("0_sft", "prompts.parquet"), Prompt)
-        return [prompt.text for prompt in prompts if prompt.split == "policy"]
-
-    def _prompts_of(self, step: int) -> list[str]:
-        """The step's prompts: every epoch is a fresh seeded order; all arms see the same ones."""
-        size, total = self.context.config.policy.batch_size, len(self._prompts)
-        chosen = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, total)
-            chosen.append(self._prompts[int(self._epoch_order(epoch)[place])])
-        return chosen
-
-    def _epoch_order(self, epoch: int) -> np.ndarray[Any, Any]:
-        seed = derive_seed(self.context.config.seed, "policy prompts", epoch)
-        return np.random.default_rng(seed).permutation(len(self._prompts))
-
     def _observations(self, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
         """What is logged beside the update: scores per principle, and on the test-bed the truth."""
         values = {"reward_std": float(scored.reward_B.std())}
@@ -287,7 +280,9 @@ class Arm:
 
             texts = list(zip(batch.prompts, batch.responses, strict=True))
             values["oracle_utility"] = float(np.mean([human_utility(*text) for text in texts]))
-            values["well_formed_share"] = float(np.mean([read_response(*t).well_formed for t in texts]))
+            values["well_formed_share"] = float(
+                np.mean([read_response(*t).well_formed for t in texts])
+            )
         return values
 
     def _summary(self) -> dict[str, Any]:
@@ -309,5 +304,3 @@ class Arm:
             "reward_gain_sd": (final - mean) / std,
             "final_kl": float(np.mean([row["kl_mean"] for row in last])),
         }
-
-

@@ -1,6 +1,6 @@
 """What can be known to be wrong before anything starts: principles, weights, data files, keys, CPUs.
 
-    check_before_start(context)   in `run_all`, before the first stage: a fraction of a second, no model, no Ray
+check_before_start(context)   in `run_all`, before the first stage: a fraction of a second, no model, no Ray
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ def _check_judge(config: Config) -> None:
 
     judge = config.feedback.judge
     price_for_budget(judge, config.feedback.budget_usd)
-    if judge.kind == "openai" and not remote_address(config) and not os.environ.get(judge.api_key_env):
+    if (
+        judge.kind == "openai"
+        and not remote_address(config)
+        and not os.environ.get(judge.api_key_env)
+    ):
         raise FeedbackError(
             f"environment variable {judge.api_key_env} is not set; put the judge's API key there (any text where "
             f"the server wants none), or name another in feedback.judge.api_key_env"

@@ -22,8 +22,14 @@ JOBS: dict[str, tuple[str, str]] = {
     "doctor": ("jobs.doctor", "check this machine and say what is missing"),
     "train_sft": ("jobs.train_sft", "stage 0: fine-tune the target model on dialogues"),
     "sample_pairs": ("jobs.sample_pairs", "stage 1: two responses per prompt"),
-    "collect_feedback": ("jobs.collect_feedback", "stage 2: ask the judge, per principle, in both orders"),
-    "train_preference_models": ("jobs.train_preference_models", "stage 3: one PM per principle, and baselines"),
+    "collect_feedback": (
+        "jobs.collect_feedback",
+        "stage 2: ask the judge, per principle, in both orders",
+    ),
+    "train_preference_models": (
+        "jobs.train_preference_models",
+        "stage 3: one PM per principle, and baselines",
+    ),
     "fit_weights": ("jobs.fit_weights", "stage 4: weights, scalarizers, ceiling, ablation"),
     "sweep": ("jobs.sweep_scalarizers", "stage 4: sweep scalarizers and weights with Ray Tune"),
     "train_policy": ("jobs.train_policy", "stage 5: PPO for every arm"),
@@ -52,13 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"morlaif {__version__}")
     verbs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     for verb, (_, text) in JOBS.items():
-        _add_options(verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + "."), verb)
+        _add_options(
+            verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + "."), verb
+        )
     return parser
 
 
 def _add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"example:\n  morlaif {verb} --config configs/demo.yaml --set seed=1 --run-dir runs/seed1"
+    parser.epilog = (
+        f"example:\n  morlaif {verb} --config configs/demo.yaml --set seed=1 --run-dir runs/seed1"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML config (see configs/)")
     parser.add_argument(
         "--set",
@@ -114,13 +124,17 @@ def _run(options: argparse.Namespace) -> int:
     if options.job == "demo" and config_path is None:
         config_path = shipped_config("demo.yaml")
     if config_path is None and options.job not in ("doctor", "report"):
-        raise ConfigError(f"morlaif {options.job}: give --config FILE, e.g. --config configs/demo.yaml")
+        raise ConfigError(
+            f"morlaif {options.job}: give --config FILE, e.g. --config configs/demo.yaml"
+        )
     if config_path is None and options.job == "report" and options.run_dir is not None:
         config_path = options.run_dir / "config.yaml"
     config = load_config(config_path, options.overrides)
     reporter = Reporter(quiet=options.quiet)
     run_dir = options.run_dir or Path("runs") / config.name
-    reporter.line(f"morlaif {options.job}: config {config_path or 'defaults'}, run folder {run_dir}")
+    reporter.line(
+        f"morlaif {options.job}: config {config_path or 'defaults'}, run folder {run_dir}"
+    )
     if options.job in ("plan", "doctor"):
         from jobs.context import JobContext
 

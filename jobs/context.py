@@ -90,7 +90,9 @@ def _check_same_config(path: Path, config: Config, accept: bool, reporter: Repor
     try:
         known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: damaged ({error.__class__.__name__}); choose another --run-dir") from None
+        raise ArtifactError(
+            f"{path}: damaged ({error.__class__.__name__}); choose another --run-dir"
+        ) from None
     differences = config_differences(known, config.model_dump(mode="json"))
     if not differences:
         return

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,9 @@ def _prompts(context: JobContext) -> list[Prompt]:
         for prompt in read_records(context.path("0_sft", "prompts.parquet"), Prompt)
         if prompt.split == "test"
     ]
-    prompts.sort(key=lambda prompt: derive_seed(context.config.seed, "evaluation", prompt.prompt_id))
+    prompts.sort(
+        key=lambda prompt: derive_seed(context.config.seed, "evaluation", prompt.prompt_id)
+    )
     return prompts[: context.config.evaluation.num_prompts]
 
 
@@ -80,17 +81,25 @@ def _answer(context: JobContext) -> dict[str, list[Any]]:
         config.policy.max_new_tokens, config.evaluation.temperature, tuple(config.policy.stop)
     )
     requests = [
-        GenerationRequest(prompt.text, derive_seed(config.seed, "evaluation response", prompt.prompt_id))
+        GenerationRequest(
+            prompt.text, derive_seed(config.seed, "evaluation response", prompt.prompt_id)
+        )
         for prompt in prompts
     ]
-    baselines = list(dict.fromkeys(a.baseline for a in config.policy.arms if a.baseline is not None))
+    baselines = list(
+        dict.fromkeys(a.baseline for a in config.policy.arms if a.baseline is not None)
+    )
     columns = panel_columns(context.path("3_preference_models"), baselines)
     panel = PreferencePanel(config, columns, context.reporter.line)
-    pool = RolloutPool(config, sft_model_path(context), config.policy.num_rollout_workers, context.reporter.line)
+    pool = RolloutPool(
+        config, sft_model_path(context), config.policy.num_rollout_workers, context.reporter.line
+    )
     table: dict[str, list[Any]] = {}
     names = policies(context)
     size = config.pairs.batch_size
-    with context.reporter.task("evaluation", total=len(names) * len(prompts), unit="responses") as task:
+    with context.reporter.task(
+        "evaluation", total=len(names) * len(prompts), unit="responses"
+    ) as task:
         for name in names:
             if name != SFT:
                 pool.load_model(str(context.path("5_policy", name, "model")))
@@ -118,7 +127,9 @@ def _scores(
     context: JobContext, panel: Any, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> dict[str, list[float]]:
     """Reward of every arm and normalised score of every principle."""
-    table = panel.score([dialogue_text(p.text, text) for p, text in zip(prompts, texts, strict=True)])
+    table = panel.score(
+        [dialogue_text(p.text, text) for p, text in zip(prompts, texts, strict=True)]
+    )
     place = {name: index for index, name in enumerate(table.principles)}
     weights_json = context.path("4_reward", "weights.json")
     linear = RewardFunction.from_artifacts(weights_json, "linear", context.config.reward)
@@ -126,7 +137,9 @@ def _scores(
     columns: dict[str, list[float]] = {}
     for arm in context.config.policy.arms:
         if arm.scalarizer is not None:
-            reward = RewardFunction.from_artifacts(weights_json, arm.scalarizer, context.config.reward)
+            reward = RewardFunction.from_artifacts(
+                weights_json, arm.scalarizer, context.config.reward
+            )
             values = reward(principle_scores).reward_B
         else:
             panel_json = context.path("3_preference_models", "panel.json")
@@ -139,7 +152,9 @@ def _scores(
     return columns
 
 
-def _truth(context: JobContext, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[Any]]:
+def _truth(
+    context: JobContext, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> dict[str, list[Any]]:
     """True utility, well-formedness and true principle scores; empty on real data."""
     if not context.config.on_testbed:
         return {}
@@ -180,7 +195,8 @@ def win_rate_rows(context: JobContext, verdicts: Sequence[Verdicts]) -> list[dic
             item.log_odds_ba_N,
             tie_threshold=item.tie_threshold,
             num_resamples=settings.num_bootstrap,
-            seed=derive_seed(context.config.seed, "win rate", item.policy, item.opponent) % (1 << 32),
+            seed=derive_seed(context.config.seed, "win rate", item.policy, item.opponent)
+            % (1 << 32),
         )
         rows.append(
             {
@@ -218,7 +234,9 @@ def policy_rows(context: JobContext, responses: dict[str, list[Any]]) -> list[di
             values = np.array(responses[column], dtype=np.float64)[mine]
             return mean_interval(values, num_resamples=2000, seed=context.config.seed)
 
-        words, formed, utility = (figures(c) for c in ("num_words", "well_formed", "oracle_utility"))
+        words, formed, utility = (
+            figures(c) for c in ("num_words", "well_formed", "oracle_utility")
+        )
         kl = 0.0
         if name != SFT:
             kl = float(read_json(context.path("5_policy", name, "summary.json"))["final_kl"])
@@ -252,7 +270,9 @@ def samples(context: JobContext, responses: dict[str, list[Any]]) -> list[dict[s
             place = number * num_prompts + row
             truth = None
             if "oracle_utility" in responses:
-                truth = {p: responses[f"true_{p}"][place] for p in principles if f"true_{p}" in responses}
+                truth = {
+                    p: responses[f"true_{p}"][place] for p in principles if f"true_{p}" in responses
+                }
             entry["responses"][name] = {
                 "text": responses["response"][place],
                 "scores": {p: responses[f"z_{p}"][place] for p in principles},
@@ -260,5 +280,3 @@ def samples(context: JobContext, responses: dict[str, list[Any]]) -> list[dict[s
             }
         shown.append(entry)
     return shown
-
-

@@ -1,7 +1,7 @@
 """What a person sees while a job runs: live bars on a terminal, plain timed lines elsewhere.
 
-    with reporter.task("feedback", total=1000, unit="judgements") as task:
-        task.advance(10)
+with reporter.task("feedback", total=1000, unit="judgements") as task:
+    task.advance(10)
 """
 
 from __future__ import annotations

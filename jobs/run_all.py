@@ -15,7 +15,9 @@ def run(context: JobContext) -> None:
     """Runs every stage that is not up to date; publishes `report.html` and `timings.json` in the run folder."""
     started = time.monotonic()
     check_before_start(context)
-    if remote_address(context.config):  # a local Ray is started by the first stage that has work to do
+    if remote_address(
+        context.config
+    ):  # a local Ray is started by the first stage that has work to do
         context.connect()
         check_cluster(context.config)
     from jobs import (
@@ -48,7 +50,9 @@ def run(context: JobContext) -> None:
         if _published(context, name) != published:
             timings[name] = round(time.monotonic() - stage_started, 1)
     timings["total"] = round(time.monotonic() - started, 1)
-    if len(timings) > 1:  # a run that skipped everything says nothing about how long the stages take
+    if (
+        len(timings) > 1
+    ):  # a run that skipped everything says nothing about how long the stages take
         write_json(context.path("timings.json"), {**_known_timings(context), **timings})
     shutil.rmtree(context.path("work"), ignore_errors=True)
     shown = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items())

@@ -22,7 +22,10 @@ PAIR_SPLITS = ("preference", "weights", "test")
 def run(context: JobContext) -> None:
     # Where a response ends is set in section `policy`, once for all sampling.
     stage = context.stage(
-        STAGE, sections=["pairs"], inputs=["0_sft"], extra={"stop": list(context.config.policy.stop)}
+        STAGE,
+        sections=["pairs"],
+        inputs=["0_sft"],
+        extra={"stop": list(context.config.policy.stop)},
     )
     if stage.is_current():
         context.reporter.skipped(STAGE)
@@ -41,12 +44,16 @@ def run(context: JobContext) -> None:
         write_table(folder / "reference.parquet", reference)
         write_json(folder / "metrics.json", _metrics(context.config, pairs, len(candidates)))
     shutil.rmtree(work)
-    context.reporter.line(f"{STAGE}: {len(pairs)} pairs, {len(candidates) - len(pairs)} identical ones dropped")
+    context.reporter.line(
+        f"{STAGE}: {len(pairs)} pairs, {len(candidates) - len(pairs)} identical ones dropped"
+    )
 
 
 def _check(pairs: Sequence[ResponsePair], num_candidates: int) -> None:
     if num_candidates == 0:
-        raise DataError("no prompt in the splits preference, weights and test; raise their data.splits shares")
+        raise DataError(
+            "no prompt in the splits preference, weights and test; raise their data.splits shares"
+        )
     if not pairs:
         raise DataError(
             f"all {num_candidates} pairs hold two identical responses, so there is nothing to compare; raise "
@@ -74,7 +81,8 @@ def _sample(context: JobContext, work: Path) -> tuple[list[ResponsePair], dict[s
     everything = _sample_responses(context, work, requests + extra)
     texts = everything["response"]
     pairs = [
-        _pair(config, prompt, texts[2 * row], texts[2 * row + 1]) for row, prompt in enumerate(prompts)
+        _pair(config, prompt, texts[2 * row], texts[2 * row + 1])
+        for row, prompt in enumerate(prompts)
     ]
     return pairs, {name: column[len(requests) :] for name, column in everything.items()}
 
@@ -112,7 +120,9 @@ def _sample_responses(
     )
     if missing:
         context.connect()
-        pool = RolloutPool(context.config, sft_model_path(context), pairs.num_workers, context.reporter.line)
+        pool = RolloutPool(
+            context.config, sft_model_path(context), pairs.num_workers, context.reporter.line
+        )
         with context.reporter.task("pairs", total=len(requests), unit="responses") as task:
             task.advance(sum(len(chunk) for i, chunk in enumerate(chunks) if files[i].is_file()))
 
@@ -153,7 +163,9 @@ def _metrics(config: Config, pairs: Sequence[ResponsePair], num_candidates: int)
     return {
         "num_pairs": len(pairs),
         "num_identical": num_candidates - len(pairs),
-        "num_by_split": {split: sum(pair.split == split for pair in pairs) for split in PAIR_SPLITS},
+        "num_by_split": {
+            split: sum(pair.split == split for pair in pairs) for split in PAIR_SPLITS
+        },
         "well_formed_share": well_formed,
         "mean_response_words": sum(len(text.split()) for _, text in texts) / len(texts),
     }

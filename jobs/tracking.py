@@ -65,7 +65,9 @@ class MlflowTracker:
         mlflow = _optional("mlflow")
         self._client = mlflow.tracking.MlflowClient()
         experiment = mlflow.set_experiment(project)
-        self._run = self._client.create_run(experiment.experiment_id, run_name=f"{config.name}-{training}")
+        self._run = self._client.create_run(
+            experiment.experiment_id, run_name=f"{config.name}-{training}"
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -115,6 +117,8 @@ class PrometheusGauges:
                     continue
                 if name not in self._gauges:
                     self._gauges[name] = Gauge(
-                        f"morlaif_{name}", description=f"morlaif policy training: {name}", tag_keys=("arm",)
+                        f"morlaif_{name}",
+                        description=f"morlaif policy training: {name}",
+                        tag_keys=("arm",),
                     )
                 self._gauges[name].set(value, tags={"arm": arm})

@@ -46,7 +46,9 @@ def run(context: JobContext) -> None:
     with context.reporter.task("PPO", total=total, unit="steps") as task:
 
         def train(arm: ArmConfig, stop: threading.Event) -> None:
-            if (work / arm.name / "summary.json").is_file():  # written last: this arm had ended before a stop
+            if (
+                work / arm.name / "summary.json"
+            ).is_file():  # written last: this arm had ended before a stop
                 task.advance(arm.num_steps or context.config.policy.num_steps)
                 return
             run_arm(Arm(context, arm, work / arm.name, panel), task, gauges, stop)
@@ -100,7 +102,9 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
             shown = {**metrics, **arm.seconds}
             tracker.log(step, shown)
             gauges.log(arm.config.name, shown)
-            task.note(f"{arm.config.name}: reward {metrics['reward_mean']:+.2f}, KL {metrics['kl_mean']:.1f}")
+            task.note(
+                f"{arm.config.name}: reward {metrics['reward_mean']:+.2f}, KL {metrics['kl_mean']:.1f}"
+            )
             task.advance(1)
             if step % arm.context.config.policy.checkpoint_every == 0 and step < arm.num_steps:
                 arm.checkpoint()

@@ -129,7 +129,9 @@ def _panel_card(
     }
 
 
-def _best_principle(principles: Sequence[str], table: LogOddsTable, pairs: Sequence[ResponsePair]) -> str:
+def _best_principle(
+    principles: Sequence[str], table: LogOddsTable, pairs: Sequence[ResponsePair]
+) -> str:
     """The principle whose judgements agree most with people on the training split (the test split stays unseen)."""
     human = np.array([p.human_label if p.split == "preference" else np.nan for p in pairs])
     shares = []
@@ -150,7 +152,8 @@ def _score_everything(
     reference = read_table(context.path("1_pairs", "reference.parquet"))
     texts = {
         "reference": [
-            dialogue_text(p, r) for p, r in zip(reference["prompt"], reference["response"], strict=True)
+            dialogue_text(p, r)
+            for p, r in zip(reference["prompt"], reference["response"], strict=True)
         ]
     }
     chosen = {split: [p for p in pairs if p.split == split] for split in ("weights", "test")}

@@ -36,7 +36,12 @@ def run(context: JobContext) -> None:
         "bad_rows": len(data.bad_rows),
     }
     with stage.writing(rows) as folder:
-        for name in ("prompts.parquet", "dialogues.parquet", "dataset_pairs.parquet", "bad_rows.jsonl"):
+        for name in (
+            "prompts.parquet",
+            "dialogues.parquet",
+            "dataset_pairs.parquet",
+            "bad_rows.jsonl",
+        ):
             shutil.copy2(work / name, folder / name)
         for name in ("training.csv", "metrics.json", "model.json"):
             if (work / name).is_file():
@@ -86,7 +91,9 @@ def _fine_tune(context: JobContext, work: Path, data: LoadedData) -> None:
 
     config = context.config
     if not data.dialogues:
-        raise DataError("the sft split holds no dialogue; raise data.splits.sft or set sft.enabled=false")
+        raise DataError(
+            "the sft split holds no dialogue; raise data.splits.sft or set sft.enabled=false"
+        )
     if isinstance(config.model, ScratchModel):
         from morlaif_ray.backbone import build_word_tokenizer, dialogue_text
 
@@ -107,5 +114,7 @@ def _fine_tune(context: JobContext, work: Path, data: LoadedData) -> None:
 def _take_as_it_is(context: JobContext, work: Path) -> None:
     model = context.config.model
     if isinstance(model, ScratchModel):
-        raise DataError("sft.enabled is false but model.kind is 'scratch', which knows nothing untrained; enable sft")
+        raise DataError(
+            "sft.enabled is false but model.kind is 'scratch', which knows nothing untrained; enable sft"
+        )
     write_json(work / "model.json", {"path": model.path, "revision": model.revision})

@@ -31,14 +31,18 @@ class Verdicts:
     judge: str
 
 
-def oracle_verdicts(responses: dict[str, list[Any]], pairs: Sequence[tuple[str, str]]) -> list[Verdicts]:
+def oracle_verdicts(
+    responses: dict[str, list[Any]], pairs: Sequence[tuple[str, str]]
+) -> list[Verdicts]:
     """True utility differences. The truth has no position bias, so both orders are the same number."""
     utility = np.array(responses["oracle_utility"], dtype=np.float64)
     owner = np.array(responses["policy"])
     found = []
     for policy, opponent in pairs:
         difference = utility[owner == policy] - utility[owner == opponent]
-        found.append(Verdicts(policy, opponent, difference, difference, ORACLE_TIE, "oracle (true utility)"))
+        found.append(
+            Verdicts(policy, opponent, difference, difference, ORACLE_TIE, "oracle (true utility)")
+        )
     return found
 
 
@@ -70,11 +74,20 @@ def judge_verdicts(
         config.feedback,
         plan,
         (config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")).absolute(),
-        LedgerRecipe(recipe, canonical_json(judge_identity(config.feedback.judge, config.seed)), DEFAULT_TEMPLATE),
+        LedgerRecipe(
+            recipe,
+            canonical_json(judge_identity(config.feedback.judge, config.seed)),
+            DEFAULT_TEMPLATE,
+        ),
         seed=config.seed,
         start_timeout_s=config.cluster.start_timeout_s,
     )
-    with pool, context.reporter.task("win rates", total=len(asked) * plan.per_pair, unit="questions") as task:
+    with (
+        pool,
+        context.reporter.task(
+            "win rates", total=len(asked) * plan.per_pair, unit="questions"
+        ) as task,
+    ):
         outcomes = pool.answer(batches, task.advance)
     answers: dict[str, tuple[float, float]] = {}
     for batch, outcome in zip(batches, outcomes, strict=True):
@@ -82,11 +95,17 @@ def judge_verdicts(
             ab, ba = outcome.log_odds_N[number * plan.per_pair : (number + 1) * plan.per_pair]
             # Both are for the response shown first; in the second order that is the opponent's.
             answers[pair.pair_id] = (float(ab), -float(ba))
-    return _collect(pairs, duels, answers, config.feedback.tie_threshold, config.feedback.judge.kind)
+    return _collect(
+        pairs, duels, answers, config.feedback.tie_threshold, config.feedback.judge.kind
+    )
 
 
 def _duel(responses: dict[str, list[Any]], mine: int, theirs: int) -> ResponsePair:
-    prompt, first, second = responses["prompt"][mine], responses["response"][mine], responses["response"][theirs]
+    prompt, first, second = (
+        responses["prompt"][mine],
+        responses["response"][mine],
+        responses["response"][theirs],
+    )
     return ResponsePair(
         pair_id=stable_hash(prompt, first, second)[:24],
         prompt_id=responses["prompt_id"][mine],

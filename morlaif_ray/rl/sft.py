@@ -53,6 +53,7 @@ def build_sft_trainer(
         model = load_causal_lm(
             model_config.path, dtype=model_config.dtype, revision=model_config.revision
         )
+
     def encoded(items: Sequence[Dialogue]) -> Any:
         return datasets.Dataset.from_list(
             [encode_dialogue(tokenizer, item, model_config.max_length) for item in items]

@@ -364,7 +364,7 @@ def test_a_learner_beyond_its_budget_names_arm_and_setting_and_keeps_its_checkpo
 # ---------------------------------------------------------------- Ray Train
 
 
-def test_sft_on_two_ray_train_workers_leaves_one_model(
+def test_sft_on_two_ray_train_workers_leaves_one_model_and_the_same_again(
     config: Config, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     first = finished_run.run_dir / "0_sft"
@@ -379,3 +379,9 @@ def test_sft_on_two_ray_train_workers_leaves_one_model(
     )
     engine = TransformersEngine.from_path(tmp_path / "model")
     assert len(engine.generate(requests(2), SAMPLING).responses) == 2
+    # A driver that died after the last checkpoint: the second call takes no further step.
+    results = ("model/model.safetensors", "training.csv", "metrics.json")
+    before = [(tmp_path / name).read_bytes() for name in results]
+    shutil.rmtree(tmp_path / "model")
+    fit_sft(two, tmp_path, str(first / "model"), advanced.append)
+    assert [(tmp_path / name).read_bytes() for name in results] == before

@@ -102,7 +102,7 @@ def test_quiet_says_nothing_where_nothing_is_wrong(run_copy: Path) -> None:
 def test_a_run_stopped_in_every_rough_way_ends_with_the_same_bytes(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:
-    """From nothing: a kill in SFT, Ctrl-C in stage 3, SIGTERM and a kill in PPO, each after a checkpoint."""
+    """From nothing: a power cut in SFT, Ctrl-C in stage 3, SIGTERM and SIGKILL in PPO, each after a checkpoint."""
     run_dir = tmp_path / "run"
     sft, models, policy = (
         run_dir / "work" / stage for stage in ("0_sft", "3_preference_models", "5_policy")
@@ -110,7 +110,7 @@ def test_a_run_stopped_in_every_rough_way_ends_with_the_same_bytes(
 
     running = Running(small(run_dir))
     running.wait_until(lambda: any(sft.glob("ray_train/sft/checkpoint_*")), "a checkpoint of SFT")
-    agents = kill_driver(running)
+    cut_the_power(running)
 
     running = Running(small(run_dir))
     running.wait_until(lambda: (models / "train.parquet").is_file(), "stage 3")
@@ -128,7 +128,7 @@ def test_a_run_stopped_in_every_rough_way_ends_with_the_same_bytes(
 
     running = Running(small(run_dir))
     running.wait_until(lambda: checkpoint_of(policy, "linear") > stopped_at, "a later checkpoint")
-    kill_driver(running)
+    agents = kill_driver(running)
     assert not (run_dir / "5_policy").exists()
 
     running = Running(small(run_dir))
@@ -183,6 +183,14 @@ def test_leftovers_of_a_killed_publication_are_no_part_of_the_stage(run_copy: Pa
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def cut_the_power(running: Running) -> None:
+    """Everything dies at once."""
+    for process in running.descendants():
+        process.kill()
+    running.interrupt(signal.SIGKILL)
+    assert running.end() == -signal.SIGKILL
 
 
 def kill_driver(running: Running) -> list[psutil.Process]:

@@ -173,7 +173,9 @@ def test_a_scratch_models_parameters_are_those_of_gpt2() -> None:
                 "num_heads": 2,
                 "vocabulary_size": 10,
                 "max_length": 8,
-            }
+            },
+            pairs={"max_new_tokens": 2},
+            policy={"max_new_tokens": 2},
         ).model
     )
     # embeddings (10+8)*4 = 72; a block: attention 4*16+16, MLP 8*16+20, norms 16 = 244; final norm 8

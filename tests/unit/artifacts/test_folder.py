@@ -154,7 +154,7 @@ def test_a_listed_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
     publish(stage(tmp_path))
     (tmp_path / "1_pairs" / "deep" / "file.txt").unlink()
     with pytest.raises(
-        ArtifactError, match="file 'deep/file.txt' of the manifest is missing; move"
+        ArtifactError, match=r"file 'deep/file.txt' of the manifest is missing; move"
     ):
         stage(tmp_path).is_current()
 

@@ -96,7 +96,9 @@ def test_a_file_that_is_no_parquet_is_an_error_in_one_line(tmp_path: Path, conte
     path = tmp_path / "x.parquet"
     path.write_bytes(content)
     for read in (lambda: read_records(path, Prompt), lambda: read_table(path)):
-        with pytest.raises(ArtifactError, match="x.parquet: not a readable Parquet file") as caught:
+        with pytest.raises(
+            ArtifactError, match=r"x.parquet: not a readable Parquet file"
+        ) as caught:
             read()
         assert "\n" not in str(caught.value)
 

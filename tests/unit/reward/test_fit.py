@@ -138,7 +138,6 @@ def test_configured_weights_are_used_as_they_are(made):
         ),
         ({"detail": 0.0}, "reward.weights gives every principle 0"),
         ({}, "reward.weights gives every principle 0"),
-        ({"detail": float("nan")}, "reward.weights.detail is nan"),
     ],
 )
 def test_bad_configured_weights_are_named(made, weights, message):

@@ -48,9 +48,13 @@ def _decoder_settings(tokenizer: Any) -> dict[str, Any]:
 def _make_model(kind: str, tokenizer: Any) -> Any:
     import transformers as hf
 
-    if kind == "gpt2":
+    if kind.startswith("gpt2"):
         size = ScratchModel(width=16, num_layers=2, num_heads=2, max_length=MAX_LENGTH)
-        return build_scratch_model(size, tokenizer, seed=3)
+        model = build_scratch_model(size, tokenizer, seed=3)
+        if kind == "gpt2_dropout":
+            for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+                setattr(model.config, name, 0.3)
+        return model
     settings = _decoder_settings(tokenizer)
     torch.manual_seed(3)
     if kind == "llama_tied":

@@ -68,7 +68,8 @@ def test_gae_equals_the_sum_of_discounted_errors_on_ragged_responses(
 
 
 def test_the_policy_loss_clips_only_where_clipping_is_the_worse_case() -> None:
-    # A*ratio: +2 at 1.5 -> clipped to 1.2 (-2.4); -2 at 1.5 -> 3.0; +2 at 0.5 -> -1.0; -2 at 0.5 -> clipped to 0.8 (1.6)
+    # A = +2 at ratio 1.5: clipped to 1.2, -2.4;  A = -2 at 1.5: 3.0
+    # A = +2 at ratio 0.5: -1.0;                  A = -2 at 0.5: clipped to 0.8, 1.6
     ratios, advantages = tensor([[1.5, 1.5, 0.5, 0.5]]), tensor([[2.0, -2.0, 2.0, -2.0]])
     mask = torch.ones(1, 4, dtype=torch.bool)
     loss, metrics = ppo_policy_loss(ratios.log(), torch.zeros(1, 4), advantages, mask, 0.2)

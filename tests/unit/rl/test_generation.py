@@ -211,7 +211,7 @@ def test_an_unknown_weight_is_an_error_and_changes_nothing(engine: TransformersE
     name, parameter = next(iter(engine.model.named_parameters()))
     before = parameter.detach().clone()
     weights = {name: np.zeros(tuple(parameter.shape), dtype=np.float32), "no.such": np.zeros(1)}
-    with pytest.raises(KeyError, match="'no.such' is not a parameter of the rollout model"):
+    with pytest.raises(KeyError, match=r"'no.such' is not a parameter of the rollout model"):
         engine.load_weights(weights, version=1)
     assert torch.equal(parameter, before)
     assert engine.policy_version == 0

@@ -19,7 +19,7 @@ from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import NumericalError
 from morlaif_ray.rl import PPOLearner
 from morlaif_ray.seeding import derive_seed
-from morlaif_ray.types import RolloutBatch
+from morlaif_ray.types import RolloutBatch, UpdateMetrics
 
 pytestmark = [
     pytest.mark.unit,
@@ -284,6 +284,19 @@ def test_reward_raises_the_probability_of_what_was_rewarded(
     with torch.no_grad():
         change = (learner.policy.logprobs(tokens) * tokens.mask_BT).sum(1) - before
     assert bool((change[[1, 3, 5]] > change[[0, 2, 4]].max()).all())
+
+
+def test_a_model_with_dropout_is_trained_without(
+    model_path: Callable[[str], str], batch: Callable[..., RolloutBatch]
+) -> None:
+    def updated(kind: str) -> tuple[UpdateMetrics, dict[str, Any]]:
+        learner = PPOLearner(model_path(kind), CONFIG, seed=0)
+        return learner.update(batch(0), REWARDS[0]), learner.weights()
+
+    (plain, weights), (dropout, others) = updated("gpt2"), updated("gpt2_dropout")
+    assert dropout == plain
+    for name, value in weights.items():
+        np.testing.assert_array_equal(others[name], value, err_msg=name)
 
 
 def test_read_only_arrays_are_taken_and_left_alone(
