@@ -234,20 +234,9 @@ class Arm:
             raise ActorLostError(
                 f"arm '{self.config.name}': the learner did not start: {one_line(error)}"
             ) from None
-        self._rows = [row for row in self._read_log() if row["step"] <= self.step]
+        self._rows = [row for row in _read_log(self.work / METRICS_LOG) if row["step"] <= self.step]
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
         (self.work / METRICS_LOG).write_text(text, encoding="utf-8")
-
-    def _read_log(self) -> list[dict[str, float]]:
-        """Rows of the log; a half-written last line is dropped, its step will be run again."""
-        path = self.work / METRICS_LOG
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
 
     def _restore_learner(self, cause: str) -> None:
         """A fresh learner at the last checkpoint, and its weights in the rollout workers; within the budget."""
@@ -304,3 +293,14 @@ class Arm:
             "reward_gain_sd": (final - mean) / std,
             "final_kl": float(np.mean([row["kl_mean"] for row in last])),
         }
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    """Rows of the log; a half-written last line is dropped, its step will be run again."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
