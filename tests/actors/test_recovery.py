@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from actors import rollout_pool
 from actors.preference_panel import Column, PreferencePanel, panel_columns
@@ -35,7 +34,11 @@ from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
 from morlaif_ray.types import GenerationRequest
 from tests.jobs.commands import SETTINGS, SMOKE, FinishedRun
 
-pytestmark = [pytest.mark.actors, pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.actors,
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.timeout(600),
+]
 START_TIMEOUT_S = 60.0
 SAMPLING = SamplingSettings(max_new_tokens=12)
 
@@ -76,7 +79,7 @@ class Fragile:
         raise ArtifactError("no such thing; write another")
 
     def fill_the_disk(self) -> None:
-        save_file({"x": torch.zeros(2)}, "/dev/full")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
 
 class Unstartable(Fragile):

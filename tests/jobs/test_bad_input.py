@@ -23,7 +23,7 @@ from jobs.progress import Reporter
 from morlaif_ray.config import load_config
 from tests.jobs.commands import ROOT, SMOKE, FinishedRun, file_hashes, small
 
-pytestmark = pytest.mark.jobs
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(600)]
 FIRST_SECONDS = 10.0
 """Nothing here loads a model or starts Ray; the limit is wide because test machines are busy."""
 
@@ -348,10 +348,14 @@ def test_a_read_only_run_folder_is_said_to_be_one(
 
 
 def test_a_full_disk_at_the_start_leaves_the_old_config_as_it_was(
-    morlaif: Callable[..., Ended], run_copy: Path
+    morlaif: Callable[..., Ended], run_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = file_hashes(run_copy)
-    (run_copy / ".config.yaml.partial").symlink_to("/dev/full")
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
     ended = morlaif(*small(run_copy))
     assert ended == Ended(
         3,

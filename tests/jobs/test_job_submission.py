@@ -29,7 +29,7 @@ from tests.jobs.commands import (
     without_stages,
 )
 
-pytestmark = pytest.mark.jobs
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(900)]
 START_TIMEOUT_S = 90.0
 JOB_TIMEOUT_S = 240.0
 RAY = Path(sys.executable).with_name("ray")
@@ -76,6 +76,9 @@ def head() -> Iterator[Head]:
     }
     environment = found.environment()
     del environment["RAY_ADDRESS"]
+    environment["PATH"] = (
+        f"{RAY.parent}:{environment['PATH']}"  # the entry point says just `python`
+    )
     with Path(folder, "head.log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -104,7 +107,7 @@ def head() -> Iterator[Head]:
         ]
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=10)
