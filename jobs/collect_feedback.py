@@ -7,10 +7,12 @@ Ctrl-C or a crash at any time: the same command goes on from the ledger and pays
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.context import JobContext
+from jobs.select_pairs import select_pairs, selection_recipe
 from morlaif_ray.artifacts import (
     canonical_json,
     read_records,
@@ -20,13 +22,7 @@ from morlaif_ray.artifacts import (
     write_table,
 )
 from morlaif_ray.errors import DataError
-from morlaif_ray.feedback.analysis import (
-    agreement_matrix,
-    correlation_matrix,
-    log_odds_table,
-    matrix_rows,
-    summarise,
-)
+from morlaif_ray.feedback.analysis import analysis_tables, summarise
 from morlaif_ray.feedback.asking import BatchOutcome
 from morlaif_ray.feedback.assembling import Assembled, assemble, check_missing
 from morlaif_ray.feedback.combining import CombineRule
@@ -56,23 +52,32 @@ def run(context: JobContext) -> None:
     price_for_budget(feedback.judge, feedback.budget_usd)
     # The phrases are part of the recipe: an edited principle file makes the stage stale.
     phrases = {principle.name: principle.question for principle in principles}
-    stage = context.stage(
-        STAGE, sections=["feedback"], inputs=["1_pairs"], extra={"phrases": phrases}
-    )
+    extra = {"phrases": phrases, **selection_recipe(config)}
+    stage = context.stage(STAGE, sections=["feedback"], inputs=["1_pairs"], extra=extra)
     if stage.is_current():
         context.reporter.skipped(STAGE)
         return
     pairs = judgeable_pairs(context.path("1_pairs", "pairs.parquet"))
     recipe = recipe_of(feedback.judge, config.seed)
     plan = plan_questions(principles, orders=feedback.orders, seed=config.seed, recipe=recipe)
-    batches, outcomes = _ask(context, pairs, plan)
-    assignment = random_assignment(pairs, principles, config.seed)
     rule = CombineRule(feedback.tie_threshold, feedback.min_answer_mass)
-    assembled = assemble(plan, batches, outcomes, rule, assignment)
-    check_missing(assembled.judgements, feedback.max_missing_share)
+
+    def judge(asked: Sequence[ResponsePair]) -> tuple[Assembled, list[BatchOutcome]]:
+        batches, outcomes = _ask(context, asked, plan)
+        assignment = random_assignment(asked, principles, config.seed)
+        assembled = assemble(plan, batches, outcomes, rule, assignment)
+        check_missing(assembled.judgements, feedback.max_missing_share)
+        return assembled, outcomes
+
+    selection = select_pairs(context, stage, pairs, names, lambda some: judge(some)[0].judgements)
+    pairs = selection.pairs
+    assignment = random_assignment(pairs, principles, config.seed)
+    assembled, outcomes = judge(pairs)
     rows = {"judgements.parquet": len(assembled.judgements)}
     with stage.writing(rows) as folder:
         write_stage(folder, pairs, assembled, outcomes, names, assignment)
+        selection.write(folder)
+    shutil.rmtree(stage.work_dir, ignore_errors=True)
 
 
 def judgeable_pairs(path: Path) -> list[ResponsePair]:
@@ -138,6 +143,5 @@ def write_stage(
     )
     summary = summarise(pairs, judgements, outcomes, assembled.position_bias, names)
     write_json(folder / "summary.json", summary)
-    log_odds_PK, decided_PK = log_odds_table(judgements, names)
-    write_csv(folder / "agreement.csv", matrix_rows(agreement_matrix(decided_PK), names))
-    write_csv(folder / "correlation.csv", matrix_rows(correlation_matrix(log_odds_PK), names))
+    for name, rows in analysis_tables(pairs, judgements, assembled.position_bias, names).items():
+        write_csv(folder / name, rows)
