@@ -102,8 +102,26 @@ class OpenAIBatchJudge(_OpenAIOptions):
     """Batches at the provider at a time; it limits the tokens that may wait there."""
     poll_s: PositiveFloat = 30.0
     """Seconds between two looks at the open batches."""
-    price_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Batch price over list price."""
+
+
+class LocalJudge(Section):
+    """A causal LM in the feedback workers themselves: one prefill per pair and order, nothing sampled, no server."""
+
+    kind: Literal["local"] = "local"
+    model: str
+    """A folder saved by save_pretrained, or a hub id."""
+    revision: str | None = None
+    """Of a hub id; name one, so that a model which changes there is another judge."""
+    engine: Literal["auto", "transformers"] = "auto"
+    """For vLLM, start its OpenAI-compatible server and use kind: openai (docs/local-judge.md)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_length: PositiveInt | None = None
+    """Tokens of a prompt; None: what the model can read. A longer pair loses its oldest turns first, then the ends of
+    both responses, and is counted."""
+    batch_size: PositiveInt = 26
+    """Most questions in one forward pass: two pairs at 13 questions. Bounds the memory of the expanded caches."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """GPUs that each of feedback.num_workers reserves; 0: CPU."""
 
 
 class FewShotExample(Section):
@@ -119,7 +137,9 @@ class FewShotExample(Section):
     """Shown where the judge is asked to reason first."""
 
 
-JudgeConfig = Annotated[RulesJudge | OpenAIJudge | OpenAIBatchJudge, Field(discriminator="kind")]
+JudgeConfig = Annotated[
+    RulesJudge | OpenAIJudge | OpenAIBatchJudge | LocalJudge, Field(discriminator="kind")
+]
 
 Baseline = Literal[
     "random_principle", "general_principle", "best_principle", "mean_log_odds", "human_labels"
@@ -131,7 +151,7 @@ class FeedbackConfig(Section):
     principles: list[str] | Literal["all"] = "all"
     """Names of principle files, or all that there are."""
     template: str | None = None
-    """The user message, with {conversation}, {response_a}, {response_b} and, last, {question}. None: the shipped one."""
+    """The user message with {conversation}, {response_a}, {response_b}, and {question} last. None: the shipped one."""
     few_shot: list[FewShotExample] | Path = []
     """Examples, or a YAML file that holds a list of them."""
     max_prompt_tokens: PositiveInt | None = None
@@ -139,7 +159,7 @@ class FeedbackConfig(Section):
     tokenizer: Path | None = None
     """A `tokenizer.json` to count `max_prompt_tokens` with; None: characters / 4."""
     joint: PositiveInt = 1
-    """Principles per request. Above 1 (`openai`, `openai_batch`): one JSON answer for several principles, hard labels."""
+    """Principles per request. Above 1 (`openai`, `openai_batch`): one JSON answer for several, with hard labels."""
     joint_check_share: Share = 0.02
     """Share of the pairs that are asked separately too, to measure the agreement of joint with separate questions."""
     principles_dir: Path | None = None

@@ -44,6 +44,8 @@ class Question:
     """ "ab": `first` is the pair's response_a; "ba": it is response_b."""
     key: bytes
     """Content hash (16 bytes) of everything that decides the answer; see `questions.question_key`."""
+    members: tuple[Question, ...] = ()
+    """Joint mode: the questions that this one request answers; empty for an ordinary question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,12 @@ class RawAnswer:
     completion_tokens: int
     refusal: str = ""
     """The provider's refusal text; empty when it did not refuse."""
+    cached_tokens: int = 0
+    """Those of the prompt tokens that the provider reports as served from its prefix cache."""
+    problem: str = ""
+    """Why the client found no answer in what came back; empty when it found one."""
+    parts: tuple[RawAnswer, ...] = ()
+    """Joint mode: one answer per member of the question, the request's tokens all on the first."""
 
 
 class FeedbackClient(Protocol):
