@@ -69,7 +69,7 @@ def _check_judge(config: Config) -> None:
     from morlaif_ray.feedback.prices import price_for_budget
 
     judge = config.feedback.judge
-    price_for_budget(judge, config.feedback.budget_usd)
+    price_for_budget(judge, config.feedback.budget_usd, config.feedback.prices_file)
     if judge.kind == "openai" and not remote_address(config) and not os.environ.get(judge.api_key_env):
         raise FeedbackError(
             f"environment variable {judge.api_key_env} is not set; put the judge's API key there (any text where "

@@ -96,7 +96,7 @@ def forecast_feedback(config: Config) -> Forecast:
     per_pair = questions * (2 if config.feedback.orders == "both" else 1)
     num_pairs, chars, note = _count_pairs(config)
     tokens = estimate_tokens("x" * int(chars))
-    price = price_of(config.feedback.judge)
+    price = price_of(config.feedback.judge, config.feedback.prices_file)
     cost = math.nan
     if price is not None:
         cost = price.cost_usd(num_pairs * per_pair * tokens, num_pairs * per_pair)
@@ -216,7 +216,7 @@ def summary_lines(config: Config, plan: Plan, forecast: Forecast) -> list[str]:
 
 def _cost_line(config: Config, forecast: Forecast) -> str:
     judge = config.feedback.judge
-    if judge.kind == "rules":
+    if judge.kind != "openai" and judge.kind != "openai_batch":
         return "cost of the judge: $0 (embedded)"
     if math.isnan(forecast.cost_usd):
         reason = (
@@ -225,7 +225,13 @@ def _cost_line(config: Config, forecast: Forecast) -> str:
             else f"the price of '{judge.model}' is not known"
         )
         return f"cost of the judge: unknown ({reason})"
-    line = f"cost of the judge: about ${forecast.cost_usd:,.2f} ({judge.model}, list price, no discounts)"
+    from morlaif_ray.feedback.prices import prices_as_of
+
+    batch = "Batch API price" if judge.kind == "openai_batch" else "list price"
+    line = (
+        f"cost of the judge: about ${forecast.cost_usd:,.2f} ({judge.model}, {batch} of "
+        f"{prices_as_of(config.feedback.prices_file)}, prompt-cache discount not counted)"
+    )
     budget = config.feedback.budget_usd
     if budget is not None and forecast.cost_usd > budget:
         line += f"; MORE than feedback.budget_usd ({budget:g}): the stage would stop there"

@@ -18,6 +18,7 @@ from morlaif_ray.config.judging import OpenAIBatchJudge, OpenAIJudge
 from morlaif_ray.errors import FeedbackError
 from morlaif_ray.feedback.client import AttemptError, Question, RawAnswer
 from morlaif_ray.feedback.endpoints import COOL_S, cooled_last, endpoint_order
+from morlaif_ray.feedback.headers import RateHints, read_hints
 from morlaif_ray.feedback.openai_errors import excerpt, explain_status, retry_after_s
 from morlaif_ray.feedback.openai_requests import read_completion, request_body
 from morlaif_ray.feedback.prompting import Prompter
@@ -56,6 +57,7 @@ class OpenAIClient:
         self._judge = judge
         self._prompter = prompter
         self._seed = seed
+        self._hints: RateHints | None = None
         endpoints = judge.endpoints if isinstance(judge, OpenAIJudge) else []
         if endpoints:
             self._servers = [self._server(entry.base_url, entry.api_key_env) for entry in endpoints]
@@ -72,8 +74,20 @@ class OpenAIClient:
             base_url=base_url,
             max_retries=0,
             timeout=self._judge.request_timeout_s,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._hear]}),
         )
         return _Server(client, key, key_name, base_url or "the provider's default URL")
+
+    async def _hear(self, response: Any) -> None:
+        """Keeps what a response says of the provider's limits, refusals included."""
+        hints = read_hints(response.headers)
+        if hints is not None:
+            self._hints = hints
+
+    def limits(self) -> RateHints | None:
+        """`headers.ReportsLimits`. With several endpoints None: their limits are not one limit."""
+        hints, self._hints = self._hints, None
+        return hints if len(self._servers) == 1 else None
 
     async def ask(self, question: Question) -> RawAnswer:
         """One attempt. A server that cannot be reached is passed over within it; the last one's error counts."""
