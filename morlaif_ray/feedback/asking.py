@@ -13,22 +13,21 @@ questions at a time while the gate is busy.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 
 from morlaif_ray.errors import FeedbackError
 from morlaif_ray.feedback.client import AttemptError, FeedbackClient, Question, RawAnswer
 from morlaif_ray.feedback.concurrency import Gate, start_concurrency
 from morlaif_ray.feedback.headers import ReportsLimits
-from morlaif_ray.feedback.ledger import LedgerRow
-from morlaif_ray.feedback.parsing import parse_answer
+from morlaif_ray.feedback.joint import answers_for, joint_question
 from morlaif_ray.feedback.permits import Limiter, Permits
 from morlaif_ray.feedback.prices import Price, estimate_tokens
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan
 from morlaif_ray.feedback.rate import Cost
-from morlaif_ray.feedback.recording import AnswerLedger, BatchOutcome, BatchRecord
+from morlaif_ray.feedback.recording import AnswerLedger, BatchOutcome, BatchRecord, answer_row
 from morlaif_ray.feedback.retry import Abort, Retry, RetryPolicy, decide
 
 __all__ = ["BREAKER_FAILURES", "AnswerLedger", "BatchOutcome", "BatchRunner"]
@@ -53,6 +52,7 @@ class BatchRunner:
         price: Price,
         max_in_flight: int,
         limiter: Limiter | None = None,
+        answer_tokens: Callable[[Question], float] = lambda _: 1.0,
     ) -> None:
         self._client = client
         self._limits = client if isinstance(client, ReportsLimits) else None
@@ -61,6 +61,7 @@ class BatchRunner:
         self._policy = policy
         self._price = price
         self._max_in_flight = max_in_flight
+        self._answer_tokens = answer_tokens  # the most that an answer may have
         self._permits = Permits(limiter, self._beat) if limiter is not None else None
         self._gate = Gate(start_concurrency(max_in_flight))
         self._failures_in_row = 0
@@ -84,9 +85,7 @@ class BatchRunner:
         record = BatchRecord(batch, self._plan.per_pair, questions, stored, self._ledger)
         self.done[batch.index] = len(stored)
         try:
-            missing = deque(
-                number for number, entry in enumerate(questions) if entry.key not in stored
-            )
+            missing = deque(self._plan.requests(questions, stored))
             await self._drain_all(missing, record)
             await record.flush_all()
         finally:
@@ -95,7 +94,7 @@ class BatchRunner:
             raise self._stop
         return record.outcome()
 
-    async def _drain_all(self, missing: deque[int], record: BatchRecord) -> None:
+    async def _drain_all(self, missing: deque[tuple[int, ...]], record: BatchRecord) -> None:
         count = min(TASKS_PER_REQUEST * self._max_in_flight, len(missing))
         tasks = [asyncio.create_task(self._drain(missing, record)) for _ in range(count)]
         try:
@@ -104,19 +103,23 @@ class BatchRunner:
             for task in tasks:  # after an unforeseen error the others must not go on paying unseen
                 task.cancel()
 
-    async def _drain(self, missing: deque[int], record: BatchRecord) -> None:
+    async def _drain(self, missing: deque[tuple[int, ...]], record: BatchRecord) -> None:
         while missing and self._stop is None:
+            numbers = missing.popleft()
             try:
-                await self._answer(missing.popleft(), record)
+                await self._answer(numbers, record)
             except FeedbackError as error:
                 # The others finish what they have in flight: it is paid for.
                 self._stop = self._stop or error
                 return
-            self.done[record.index] += 1
+            self.done[record.index] += len(numbers)
 
-    async def _answer(self, number: int, record: BatchRecord) -> None:
-        """Asks one question until it is answered, given up, or hopeless (FeedbackError)."""
-        question = record.questions[number]
+    async def _answer(self, numbers: tuple[int, ...], record: BatchRecord) -> None:
+        """Asks one request until it is answered, given up, or hopeless (FeedbackError).
+
+        `numbers` are the questions that it answers: one, or in joint mode several.
+        """
+        question = joint_question([record.questions[number] for number in numbers])
         attempt = 0
         while True:
             attempt += 1
@@ -134,53 +137,39 @@ class BatchRunner:
                 else:
                     latency_s = time.perf_counter() - started_s
                     self._after_success()
-                    await self._record(number, record, raw, cost, latency_s, attempt)
+                    await self._record(numbers, record, raw, cost, latency_s, attempt)
                     return
                 self._note_failure(failure, cost)
             reason = await self._after_failure(failure, attempt)
             if reason:
-                await record.add_failure(number, reason, attempt)
+                for number in numbers:
+                    if not record.has(number):
+                        await record.add_failure(number, reason, attempt)
                 return
 
     async def _record(
         self,
-        number: int,
+        numbers: tuple[int, ...],
         record: BatchRecord,
         raw: RawAnswer,
         cost: Cost | None,
         latency_s: float,
         attempt: int,
     ) -> None:
-        question = record.questions[number]
         bill = self._price.bill(raw.prompt_tokens, raw.completion_tokens, raw.cached_tokens)
         self._settle(cost, Cost(raw.prompt_tokens + raw.completion_tokens, bill.usd))
-        parsed = parse_answer(raw)
-        row = LedgerRow(
-            question.key,
-            record.pair_of(number),
-            question.principle,
-            question.order,
-            parsed.log_odds,
-            parsed.mass,
-            parsed.reason,
-            json.dumps(raw.top_logprobs),
-            raw.model,
-            raw.prompt_tokens,
-            raw.completion_tokens,
-            bill.usd,
-            latency_s,
-            attempt,
-            raw.cached_tokens,
-            bill.cache_discount_usd,
-            bill.batch_discount_usd,
-        )
-        await record.add(row)
+        missing = [number for number in numbers if not record.has(number)]
+        answers = answers_for(raw, [number in missing for number in numbers])
+        for number, answer in zip(missing, answers, strict=True):
+            question, pair_id = record.questions[number], record.pair_of(number)
+            await record.add(answer_row(question, pair_id, answer, self._price, latency_s, attempt))
 
     async def _permit(self, question: Question) -> Cost | None:
         if self._permits is None:
             return None
         tokens = estimate_tokens(question.prompt, question.first, question.second, question.phrase)
-        cost = Cost(tokens + 1.0, self._price.cost_usd(tokens, 1.0))
+        answer = self._answer_tokens(question)
+        cost = Cost(tokens + answer, self._price.cost_usd(tokens, answer))
         await self._permits.take(cost)
         return cost
 

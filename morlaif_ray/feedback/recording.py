@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from morlaif_ray.feedback.client import Question
+from morlaif_ray.feedback.client import Question, RawAnswer
 from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
+from morlaif_ray.feedback.parsing import parse_answer
+from morlaif_ray.feedback.prices import Price
 from morlaif_ray.feedback.questions import PairBatch
 from morlaif_ray.types import BoolArray, FloatArray
 
@@ -88,6 +91,10 @@ class BatchRecord:
         self._flushing: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
 
+    def has(self, number: int) -> bool:
+        """Whether this question's answer is recorded, or on its way there."""
+        return self.questions[number].key in self._stored
+
     def pair_of(self, number: int) -> str:
         return self._batch.pairs[number // self._per_pair].pair_id
 
@@ -150,40 +157,85 @@ class BatchRecord:
         await self._flush()
 
     def outcome(self) -> BatchOutcome:
-        count = len(self.questions)
-        log_odds_N = np.full(count, np.nan)
-        mass_N = np.zeros(count)
-        failed_N = np.zeros(count, dtype=np.bool_)
-        model_N = np.zeros(count, dtype=np.int16)
-        models: dict[str, int] = {}
-        reasons: dict[int, str] = {}
-        totals = [0, 0, 0.0, 0, 0.0, 0.0]
-        for number, question in enumerate(self.questions):
-            answer = self._stored.get(question.key)
-            if answer is None:
-                failed_N[number] = True
-                reasons[number] = self._failed.get(question.key, "not asked")
-                model_N[number] = models.setdefault("", len(models))
-                continue
-            log_odds_N[number] = answer.log_odds
-            mass_N[number] = answer.mass
-            model_N[number] = models.setdefault(answer.model, len(models))
-            if answer.reason:
-                reasons[number] = answer.reason
-            totals = [total + amount for total, amount in zip(totals, answer[4:], strict=True)]
-        return BatchOutcome(
-            self.index,
-            log_odds_N,
-            mass_N,
-            failed_N,
-            model_N,
-            tuple(models),
-            reasons,
-            int(totals[0]),
-            int(totals[1]),
-            totals[2],
-            self._num_recorded,
-            int(totals[3]),
-            totals[4],
-            totals[5],
+        return outcome_of(
+            self.index, self.questions, self._stored, self._failed, self._num_recorded
         )
+
+
+def answer_row(
+    question: Question,
+    pair_id: str,
+    answer: RawAnswer,
+    price: Price,
+    latency_s: float,
+    attempts: int,
+) -> LedgerRow:
+    """One answer as the ledger keeps it, whichever judge gave it and however it was asked."""
+    bill = price.bill(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
+    parsed = parse_answer(answer)
+    return LedgerRow(
+        question.key,
+        pair_id,
+        question.principle,
+        question.order,
+        parsed.log_odds,
+        parsed.mass,
+        parsed.reason,
+        json.dumps(answer.top_logprobs),
+        answer.model,
+        answer.prompt_tokens,
+        answer.completion_tokens,
+        bill.usd,
+        latency_s,
+        attempts,
+        answer.cached_tokens,
+        bill.cache_discount_usd,
+        bill.batch_discount_usd,
+    )
+
+
+def outcome_of(
+    index: int,
+    questions: Sequence[Question],
+    stored: Mapping[bytes, StoredAnswer],
+    failed: Mapping[bytes, str],
+    num_recorded: int,
+) -> BatchOutcome:
+    """The answers of one batch as columns; a question neither stored nor failed counts as failed ("not asked")."""
+    count = len(questions)
+    log_odds_N = np.full(count, np.nan)
+    mass_N = np.zeros(count)
+    failed_N = np.zeros(count, dtype=np.bool_)
+    model_N = np.zeros(count, dtype=np.int16)
+    models: dict[str, int] = {}
+    reasons: dict[int, str] = {}
+    totals = [0, 0, 0.0, 0, 0.0, 0.0]
+    for number, question in enumerate(questions):
+        answer = stored.get(question.key)
+        if answer is None:
+            failed_N[number] = True
+            reasons[number] = failed.get(question.key, "not asked")
+            model_N[number] = models.setdefault("", len(models))
+            continue
+        log_odds_N[number] = answer.log_odds
+        mass_N[number] = answer.mass
+        model_N[number] = models.setdefault(answer.model, len(models))
+        if answer.reason:
+            reasons[number] = answer.reason
+        totals = [total + amount for total, amount in zip(totals, answer[4:], strict=True)]
+    return BatchOutcome(
+        index,
+        log_odds_N,
+        mass_N,
+        failed_N,
+        model_N,
+        tuple(models),
+        reasons,
+        int(totals[0]),
+        int(totals[1]),
+        totals[2],
+        num_recorded,
+        int(totals[3]),
+        totals[4],
+        totals[5],
+    )
