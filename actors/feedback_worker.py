@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.feedback.asking import AnswerLedger, BatchOutcome, BatchRunner
-from morlaif_ray.feedback.judges import build_client
+from morlaif_ray.feedback.breaker import News
+from morlaif_ray.feedback.headers import RateHints
+from morlaif_ray.feedback.judges import build_feedback_client
 from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
 from morlaif_ray.feedback.permits import Limiter
 from morlaif_ray.feedback.prices import price_for_budget
@@ -39,6 +41,8 @@ class Heartbeat:
     signs_of_life: int
     done: dict[int, int]
     """Batch index -> questions answered so far, for the batches under way."""
+    last_error: str = ""
+    """The last failed attempt in words, retried or not."""
 
 
 class RemoteLedger:
@@ -85,6 +89,9 @@ class RemoteLimiter:
 
     async def pause(self, wait_s: float) -> None:
         await _call(self._handle.pause, "rate limiter", self._timeout_s, wait_s)
+
+    async def report(self, news: News, hints: RateHints | None) -> None:
+        await _call(self._handle.report, "rate limiter", self._timeout_s, news, hints)
 
 
 async def _call(method: Any, who: str, timeout_s: float, *arguments: Any) -> Any:
@@ -135,11 +142,13 @@ class FeedbackWorker:
         if self._opened is None:
             feedback = self._feedback
             self._opened = BatchRunner(
-                build_client(feedback.judge, seed=self._seed),
+                build_feedback_client(feedback, seed=self._seed),
                 self._plan,
                 self._ledger,
                 policy=RetryPolicy(max_attempts=feedback.max_attempts),
-                price=price_for_budget(feedback.judge, feedback.budget_usd),
+                price=price_for_budget(
+                    feedback.judge, feedback.budget_usd, feedback.prices_file
+                ),
                 max_in_flight=feedback.max_in_flight,
                 limiter=self._limiter,
             )
@@ -154,7 +163,13 @@ class FeedbackWorker:
     async def heartbeat(self) -> Heartbeat:
         if self._opened is None:
             return Heartbeat(0, {})
-        return Heartbeat(self._opened.signs_of_life, dict(self._opened.done))
+        runner = self._opened
+        return Heartbeat(runner.signs_of_life, dict(runner.done), runner.last_error)
+
+    async def stop(self) -> None:
+        """Lets what is in flight end and be recorded; batches under way then raise."""
+        if self._opened is not None:
+            self._opened.stop()
 
 
 def worker_cpus(feedback: FeedbackConfig) -> float:

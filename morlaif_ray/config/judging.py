@@ -102,6 +102,8 @@ class OpenAIBatchJudge(_OpenAIOptions):
     """Batches at the provider at a time; it limits the tokens that may wait there."""
     poll_s: PositiveFloat = 30.0
     """Seconds between two looks at the open batches."""
+    price_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Batch price over list price."""
 
 
 class LocalJudge(Section):
