@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from morlaif_ray.config.judging import FeedbackConfig
@@ -22,7 +22,7 @@ from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.feedback.asking import AnswerLedger, BatchOutcome, BatchRunner
 from morlaif_ray.feedback.breaker import News
 from morlaif_ray.feedback.headers import RateHints
-from morlaif_ray.feedback.judges import build_feedback_client
+from morlaif_ray.feedback.judges import answer_tokens, build_feedback_client
 from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
 from morlaif_ray.feedback.permits import Limiter
 from morlaif_ray.feedback.prices import price_for_budget
@@ -146,11 +146,10 @@ class FeedbackWorker:
                 self._plan,
                 self._ledger,
                 policy=RetryPolicy(max_attempts=feedback.max_attempts),
-                price=price_for_budget(
-                    feedback.judge, feedback.budget_usd, feedback.prices_file
-                ),
+                price=price_for_budget(feedback.judge, feedback.budget_usd, feedback.prices_file),
                 max_in_flight=feedback.max_in_flight,
                 limiter=self._limiter,
+                answer_tokens=partial(answer_tokens, feedback.judge),
             )
         return self._opened
 

@@ -48,12 +48,12 @@ def judge_verdicts(
     """Asks the judge of section `feedback` which response is better overall; answers are kept in the run's ledger."""
     from actors.feedback_pool import QUESTIONS_PER_BATCH, FeedbackPool
     from actors.ledger_writer import LedgerRecipe
-    from morlaif_ray.feedback.judges import judge_identity, recipe_of
+    from morlaif_ray.feedback.judges import judge_identity, recipe_for
+    from morlaif_ray.feedback.prompting import prompter_for
     from morlaif_ray.feedback.questions import plan_questions, split_batches
-    from morlaif_ray.feedback.template import DEFAULT_TEMPLATE
 
     config = context.config
-    recipe = recipe_of(config.feedback.judge, config.seed)
+    recipe = recipe_for(config.feedback, config.seed)
     plan = plan_questions([], orders="both", seed=config.seed, recipe=recipe)
     rows = {name: [i for i, owner in enumerate(responses["policy"]) if owner == name] for pair in pairs for name in pair}
     duels = [
@@ -68,7 +68,11 @@ def judge_verdicts(
         config.feedback,
         plan,
         (config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")).absolute(),
-        LedgerRecipe(recipe, canonical_json(judge_identity(config.feedback.judge, config.seed)), DEFAULT_TEMPLATE),
+        LedgerRecipe(
+            recipe,
+            canonical_json(judge_identity(config.feedback.judge, config.seed)),
+            prompter_for(config.feedback).describe(),
+        ),
         seed=config.seed,
         start_timeout_s=config.cluster.start_timeout_s,
     )
