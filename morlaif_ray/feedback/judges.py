@@ -14,18 +14,22 @@ from morlaif_ray.artifacts import canonical_json
 from morlaif_ray.config.judging import (
     FeedbackConfig,
     JudgeConfig,
+    LocalJudge,
     OpenAIBatchJudge,
     OpenAIJudge,
     RulesJudge,
 )
 from morlaif_ray.errors import PrincipleError
-from morlaif_ray.feedback.client import FeedbackClient
+from morlaif_ray.feedback.client import FeedbackClient, Question
+from morlaif_ray.feedback.local_weights import model_version
 from morlaif_ray.feedback.prompting import Prompter, build_prompter, prompter_for
 from morlaif_ray.feedback.questions import GENERAL
 from morlaif_ray.seeding import stable_hash
 
 RULES_VERSION = 1
 """Raised whenever the rules judge would answer differently, so that old answers are not reused."""
+LOCAL_VERSION = 1
+"""The same for the local judge: its answer cue, its letters, its chat options."""
 
 
 def _build_rules(judge: Any, seed: int, prompter: Prompter) -> FeedbackClient:
@@ -62,11 +66,19 @@ def _build_openai(judge: Any, seed: int, prompter: Prompter) -> FeedbackClient:
     return OpenAIClient(judge, prompter, seed)
 
 
+def _build_local(judge: Any, seed: int, prompter: Prompter) -> FeedbackClient:
+    assert isinstance(judge, LocalJudge)
+    from morlaif_ray.feedback.local_client import LocalClient
+
+    return LocalClient(judge, prompter)
+
+
 JUDGES: dict[str, Callable[[Any, int, Prompter], FeedbackClient]] = {
     "rules": _build_rules,
     "openai": _build_openai,
     # The few questions of an evaluation are asked one by one; stage 2 goes through `openai_batch.BatchCollector`.
     "openai_batch": _build_openai,
+    "local": _build_local,
 }
 
 
@@ -81,7 +93,8 @@ def build_feedback_client(feedback: FeedbackConfig, *, seed: int) -> FeedbackCli
 
 
 _OPERATIONAL = ("api_key_env", "request_timeout_s", "endpoints", "max_tokens_field")
-_BATCHING = ("max_requests_per_file", "max_file_mb", "max_open_batches", "poll_s")
+_LOCAL_ANSWERS = ("kind", "dtype", "max_length")
+_BATCHING = ("max_requests_per_file", "max_file_mb", "max_open_batches", "poll_s", "price_factor")
 _LATER_FIELDS = ("reasoning", "answer", "temperature")
 """Left out at their defaults, so that answers paid before these fields existed are found again."""
 
@@ -93,6 +106,10 @@ def judge_identity(judge: JudgeConfig, seed: int) -> dict[str, Any]:
     """
     if isinstance(judge, RulesJudge):
         return {**judge.model_dump(mode="json"), "seed": seed, "version": RULES_VERSION}
+    if isinstance(judge, LocalJudge):
+        # By content, not by path: weights trained anew in the same folder are another judge.
+        answers = {"model": model_version(judge), "version": LOCAL_VERSION}
+        return {**judge.model_dump(mode="json", include=set(_LOCAL_ANSWERS)), **answers}
     identity = judge.model_dump(mode="json", exclude={*_OPERATIONAL, *_BATCHING})
     if not isinstance(judge, OpenAIJudge | OpenAIBatchJudge):
         return identity
@@ -115,6 +132,24 @@ def recipe_for(feedback: FeedbackConfig, seed: int) -> str:
 
 def _recipe(judge: JudgeConfig, seed: int, prompter: Prompter) -> str:
     return stable_hash(canonical_json(judge_identity(judge, seed)), prompter.describe())
+
+
+def answer_tokens(judge: JudgeConfig, question: Question) -> float:
+    """The most tokens that the answer may have, for a budget that must not be overspent."""
+    if not isinstance(judge, OpenAIJudge | OpenAIBatchJudge):
+        return 1.0
+    from morlaif_ray.feedback.openai_requests import max_answer_tokens
+
+    return float(max_answer_tokens(judge, question))
+
+
+def answer_tokens(judge: JudgeConfig, question: Question) -> float:
+    """The most tokens that the answer may have, for a budget that must not be overspent."""
+    if not isinstance(judge, OpenAIJudge | OpenAIBatchJudge):
+        return 1.0
+    from morlaif_ray.feedback.openai_requests import max_answer_tokens
+
+    return float(max_answer_tokens(judge, question))
 
 
 def check_principles(judge: JudgeConfig, names: Iterable[str]) -> None:
