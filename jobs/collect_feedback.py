@@ -8,8 +8,11 @@ Ctrl-C or a crash at any time: the same command goes on from the ledger and pays
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from jobs.context import JobContext
 from jobs.select_pairs import select_pairs, selection_recipe
@@ -26,8 +29,10 @@ from morlaif_ray.feedback.analysis import analysis_tables, summarise
 from morlaif_ray.feedback.asking import BatchOutcome
 from morlaif_ray.feedback.assembling import Assembled, assemble, check_missing
 from morlaif_ray.feedback.combining import CombineRule
-from morlaif_ray.feedback.judges import check_principles, judge_identity, recipe_of
+from morlaif_ray.feedback.joint import agreement_with_separate, check_sample
+from morlaif_ray.feedback.judges import check_principles, judge_identity, recipe_for
 from morlaif_ray.feedback.prices import price_for_budget
+from morlaif_ray.feedback.prompting import count_truncated, prompter_for
 from morlaif_ray.feedback.questions import (
     PairBatch,
     QuestionPlan,
@@ -35,7 +40,6 @@ from morlaif_ray.feedback.questions import (
     random_assignment,
     split_batches,
 )
-from morlaif_ray.feedback.template import DEFAULT_TEMPLATE
 from morlaif_ray.principles import load_principles
 from morlaif_ray.types import Judgement, ResponsePair
 
@@ -50,16 +54,24 @@ def run(context: JobContext) -> None:
     names = [principle.name for principle in principles]
     check_principles(feedback.judge, names)
     price_for_budget(feedback.judge, feedback.budget_usd)
-    # The phrases are part of the recipe: an edited principle file makes the stage stale.
+    # What files say is part of the recipe: an edited principle or example makes the stage stale.
     phrases = {principle.name: principle.question for principle in principles}
     extra = {"phrases": phrases, **selection_recipe(config)}
+    recipe = recipe_for(feedback, config.seed)
+    if isinstance(feedback.few_shot, Path) or feedback.tokenizer is not None:
+        extra["prompt"] = recipe
     stage = context.stage(STAGE, sections=["feedback"], inputs=["1_pairs"], extra=extra)
     if stage.is_current():
         context.reporter.skipped(STAGE)
         return
     pairs = judgeable_pairs(context.path("1_pairs", "pairs.parquet"))
-    recipe = recipe_of(feedback.judge, config.seed)
-    plan = plan_questions(principles, orders=feedback.orders, seed=config.seed, recipe=recipe)
+    plan = plan_questions(
+        principles,
+        orders=feedback.orders,
+        seed=config.seed,
+        recipe=recipe,
+        joint=feedback.joint,
+    )
     rule = CombineRule(feedback.tie_threshold, feedback.min_answer_mass)
 
     def judge(asked: Sequence[ResponsePair]) -> tuple[Assembled, list[BatchOutcome]]:
@@ -73,9 +85,13 @@ def run(context: JobContext) -> None:
     pairs = selection.pairs
     assignment = random_assignment(pairs, principles, config.seed)
     assembled, outcomes = judge(pairs)
+    extras: dict[str, Any] = {"num_truncated": count_truncated(feedback, pairs)}
+    if feedback.joint > 1:
+        extras["joint_agreement"], more = _check_joint(context, pairs, plan, rule, assembled)
+        outcomes = [*outcomes, *more]
     rows = {"judgements.parquet": len(assembled.judgements)}
     with stage.writing(rows) as folder:
-        write_stage(folder, pairs, assembled, outcomes, names, assignment)
+        write_stage(folder, pairs, assembled, outcomes, names, assignment, extras)
         selection.write(folder)
     shutil.rmtree(stage.work_dir, ignore_errors=True)
 
@@ -111,7 +127,7 @@ def _ask(
         config.feedback,
         plan,
         ledger_path.absolute(),
-        LedgerRecipe(plan.recipe, identity, DEFAULT_TEMPLATE),
+        LedgerRecipe(plan.recipe, identity, prompter_for(config.feedback).describe()),
         seed=config.seed,
         start_timeout_s=config.cluster.start_timeout_s,
     )
@@ -126,6 +142,24 @@ def _ask(
     return batches, outcomes
 
 
+def _check_joint(
+    context: JobContext,
+    pairs: Sequence[ResponsePair],
+    plan: QuestionPlan,
+    rule: CombineRule,
+    joint: Assembled,
+) -> tuple[dict[str, Any], list[BatchOutcome]]:
+    """Asks a sample of the pairs separately too, in both orders; what it says goes into the summary alone."""
+    config = context.config
+    sample = check_sample(pairs, config.feedback.joint_check_share, config.seed)
+    if not sample:
+        return agreement_with_separate([], [], 0), []
+    alone = replace(plan, joint=1, orders="both")
+    batches, outcomes = _ask(context, sample, alone)
+    separate = assemble(alone, batches, outcomes, rule, {})
+    return agreement_with_separate(joint.judgements, separate.judgements, len(sample)), outcomes
+
+
 def write_stage(
     folder: Path,
     pairs: Sequence[ResponsePair],
@@ -133,6 +167,7 @@ def write_stage(
     outcomes: Sequence[BatchOutcome],
     names: Sequence[str],
     assignment: dict[str, str],
+    extras: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """The files of `2_feedback/` as docs/artifacts.md describes them."""
     judgements = assembled.judgements
@@ -142,6 +177,6 @@ def write_stage(
         {"pair_id": list(assignment), "principle": list(assignment.values())},
     )
     summary = summarise(pairs, judgements, outcomes, assembled.position_bias, names)
-    write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", {**summary, **extras})
     for name, rows in analysis_tables(pairs, judgements, assembled.position_bias, names).items():
         write_csv(folder / name, rows)

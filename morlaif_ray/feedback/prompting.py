@@ -29,6 +29,7 @@ from morlaif_ray.feedback.template import (
     fill,
 )
 from morlaif_ray.feedback.truncation import CountTokens, Fitted, count_by_chars, fit, load_counter
+from morlaif_ray.types import ResponsePair
 
 PHRASE_TOKENS = 80
 """Kept free for the phrase, whatever its length, so that all principles see the pair cut in the same way."""
@@ -154,4 +155,17 @@ def prompter_for(feedback: FeedbackConfig) -> Prompter:
         system_prompt=system_prompt,
         max_prompt_tokens=feedback.max_prompt_tokens,
         count=load_counter(feedback.tokenizer),
+    )
+
+
+def count_truncated(feedback: FeedbackConfig, pairs: Sequence[ResponsePair]) -> int:
+    """Pairs that the judge sees cut, or not at all: `num_truncated` of summary.json."""
+    if feedback.max_prompt_tokens is None:
+        return 0
+    prompter = prompter_for(feedback)
+    return sum(
+        prompter.truncates(
+            Question(pair.prompt, pair.response_a, pair.response_b, "", "", "ab", b"")
+        )
+        for pair in pairs
     )
