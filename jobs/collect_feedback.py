@@ -8,7 +8,7 @@ Ctrl-C or a crash at any time: the same command goes on from the ledger and pays
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from jobs.context import JobContext
 from jobs.select_pairs import select_pairs, selection_recipe
 from morlaif_ray.artifacts import (
     canonical_json,
+    explain_os_errors,
     read_records,
     write_csv,
     write_json,
@@ -44,6 +45,8 @@ from morlaif_ray.principles import load_principles
 from morlaif_ray.types import Judgement, ResponsePair
 
 STAGE = "2_feedback"
+ANSWERS = "answers.parquet"
+PROGRESS = ("logs", "feedback_progress.json")
 JUDGED_SPLITS = ("preference", "weights", "test")
 
 
@@ -53,7 +56,7 @@ def run(context: JobContext) -> None:
     principles = load_principles(feedback.principles, feedback.principles_dir)
     names = [principle.name for principle in principles]
     check_principles(feedback.judge, names)
-    price_for_budget(feedback.judge, feedback.budget_usd)
+    price_for_budget(feedback.judge, feedback.budget_usd, feedback.prices_file)
     # What files say is part of the recipe: an edited principle or example makes the stage stale.
     phrases = {principle.name: principle.question for principle in principles}
     extra = {"phrases": phrases, **selection_recipe(config)}
@@ -94,6 +97,24 @@ def run(context: JobContext) -> None:
         write_stage(folder, pairs, assembled, outcomes, names, assignment, extras)
         selection.write(folder)
     shutil.rmtree(stage.work_dir, ignore_errors=True)
+    write_answers(context, {pair.pair_id for pair in pairs}, recipe)
+
+
+def ledger_path(context: JobContext) -> Path:
+    """The ledger of this run: its own, or the shared one that the config names."""
+    path = context.config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")
+    return path.absolute()
+
+
+def write_answers(context: JobContext, pair_ids: Container[str], recipe: str) -> None:
+    """`answers.parquet` beside the judgements, outside the manifest: latencies differ between equal runs."""
+    from morlaif_ray.feedback.export import export_answers
+
+    target = context.path(STAGE, ANSWERS)
+    temporary = target.with_name(f".{ANSWERS}.partial")
+    with explain_os_errors(target):
+        export_answers(ledger_path(context), temporary, pair_ids, recipe)
+        temporary.replace(target)
 
 
 def judgeable_pairs(path: Path) -> list[ResponsePair]:
@@ -120,16 +141,16 @@ def _ask(
 
     config = context.config
     batches = list(split_batches(pairs, plan, QUESTIONS_PER_BATCH))
-    ledger_path = config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")
     identity = canonical_json(judge_identity(config.feedback.judge, config.seed))
     context.connect()
     pool = FeedbackPool(
         config.feedback,
         plan,
-        ledger_path.absolute(),
+        ledger_path(context),
         LedgerRecipe(plan.recipe, identity, prompter_for(config.feedback).describe()),
         seed=config.seed,
         start_timeout_s=config.cluster.start_timeout_s,
+        progress_path=context.path(*PROGRESS),
     )
     with pool:
         if pool.num_recorded_before:

@@ -16,10 +16,16 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from morlaif_ray.errors import FeedbackError
-from morlaif_ray.feedback.client import AttemptError, FeedbackClient, Question, RawAnswer
+from morlaif_ray.feedback.client import (
+    AsksMany,
+    AttemptError,
+    FeedbackClient,
+    Question,
+    RawAnswer,
+)
 from morlaif_ray.feedback.concurrency import Gate, start_concurrency
 from morlaif_ray.feedback.headers import ReportsLimits
 from morlaif_ray.feedback.joint import answers_for, joint_question
@@ -76,6 +82,12 @@ class BatchRunner:
     def _beat(self) -> None:
         self.signs_of_life += 1
 
+    def stop(self) -> None:
+        """Starts no further request; what is in flight ends and is recorded, then `run` raises."""
+        self._stop = self._stop or FeedbackError("stopped")
+        if self._permits is not None:
+            self._permits.refuse(self._stop)
+
     async def run(self, batch: PairBatch) -> BatchOutcome:
         """FeedbackError when nothing can go on (key refused, budget reached, judge down, ledger unusable)."""
         if self._stop is not None:
@@ -86,7 +98,10 @@ class BatchRunner:
         self.done[batch.index] = len(stored)
         try:
             missing = deque(self._plan.requests(questions, stored))
-            await self._drain_all(missing, record)
+            if isinstance(self._client, AsksMany):
+                await self._drain_calls(self._client, missing, record)
+            else:
+                await self._drain_all(missing, record)
             await record.flush_all()
         finally:
             del self.done[batch.index]
@@ -112,6 +127,31 @@ class BatchRunner:
                 # The others finish what they have in flight: it is paid for.
                 self._stop = self._stop or error
                 return
+            self.done[record.index] += len(numbers)
+
+    async def _drain_calls(
+        self, client: AsksMany, missing: deque[tuple[int, ...]], record: BatchRecord
+    ) -> None:
+        """Call by call, for a judge that answers many questions at once. A call ends between two groups that share
+        their prompt, and what it could not answer is not asked again: nothing about it is transient."""
+        while missing and self._stop is None:
+            numbers = _next_call(missing, record.questions, client.questions_per_call)
+            questions = [record.questions[number] for number in numbers]
+            try:
+                costs = [await self._permit(question) for question in questions]
+                self.signs_of_life += 1
+                started_s = time.perf_counter()
+                answers = await client.ask_many(questions)
+            except FeedbackError as error:
+                self._stop = self._stop or error
+                return
+            latency_s = time.perf_counter() - started_s
+            for number, cost, answer in zip(numbers, costs, answers, strict=True):
+                if isinstance(answer, AttemptError):
+                    self._note_failure(answer, cost)
+                    await record.add_failure(number, str(answer), 1)
+                else:
+                    await self._record((number,), record, answer, cost, latency_s, 1)
             self.done[record.index] += len(numbers)
 
     async def _answer(self, numbers: tuple[int, ...], record: BatchRecord) -> None:
@@ -221,8 +261,26 @@ class BatchRunner:
         return step.reason
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleeps in slices, so that a long Retry-After is not taken for a hang."""
+        """Sleeps in slices, so that a long Retry-After is not taken for a hang and a stop is heard."""
         deadline = time.monotonic() + seconds
-        while (left_s := deadline - time.monotonic()) > 0:
-            await asyncio.sleep(min(left_s, 5.0))
+        while (left_s := deadline - time.monotonic()) > 0 and self._stop is None:
+            await asyncio.sleep(min(left_s, 1.0))
             self.signs_of_life += 1
+
+
+def _next_call(
+    missing: deque[tuple[int, ...]], questions: Sequence[Question], size: int
+) -> list[int]:
+    """Takes `size` questions off the front, and those that share the last one's prompt."""
+    taken: list[int] = []
+    while missing:
+        if len(taken) >= size:
+            last, following = questions[taken[-1]], questions[missing[0][0]]
+            if (last.prompt, last.first, last.second) != (
+                following.prompt,
+                following.first,
+                following.second,
+            ):
+                break
+        taken += missing.popleft()
+    return taken

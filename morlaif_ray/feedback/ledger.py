@@ -127,6 +127,17 @@ class Ledger:
                     found[key] = StoredAnswer(nan if log_odds is None else log_odds, *rest)
         return found
 
+    def recorded(self, keys: Sequence[bytes]) -> list[bool]:
+        """Whether each of `keys` has an answer."""
+        known: set[bytes] = set()
+        with _explain(self.path):
+            for start in range(0, len(keys), LOOKUP_CHUNK):
+                chunk = keys[start : start + LOOKUP_CHUNK]
+                marks = ",".join("?" * len(chunk))
+                found = self._db.execute(f"SELECT key FROM answers WHERE key IN ({marks})", chunk)
+                known.update(key for (key,) in found)
+        return [key in known for key in keys]
+
     def append(
         self, recipe: str, rows: Sequence[LedgerRow], failures: Sequence[FailureRow] = ()
     ) -> None:
@@ -178,12 +189,8 @@ class Ledger:
         """The rows whose keys are new, each key once: a batch sent again is neither stored nor paid again."""
         by_key = {row.key: row for row in reversed(rows)}
         keys = list(by_key)
-        for start in range(0, len(keys), LOOKUP_CHUNK):
-            chunk = keys[start : start + LOOKUP_CHUNK]
-            marks = ",".join("?" * len(chunk))
-            for (key,) in self._db.execute(
-                f"SELECT key FROM answers WHERE key IN ({marks})", chunk
-            ):
+        for key, known in zip(keys, self.recorded(keys), strict=True):
+            if known:
                 del by_key[key]
         return [by_key[row.key] for row in rows if by_key.get(row.key) is row]
 

@@ -98,6 +98,15 @@ class Permits:
         """Notes what the provider's headers said; the newest count."""
         self._hints = hints
 
+    def refuse(self, error: BaseException) -> None:
+        """Nobody waits any longer: everyone who does gets `error`."""
+        self._refuse_all(error)
+        for *_, cost, future in self._timed:
+            self.settle(cost, NOTHING)
+            if not future.done():
+                future.set_exception(error)
+        self._timed.clear()
+
     async def pause(self, wait_s: float) -> None:
         self._hold(wait_s)
         await self._limiter.pause(wait_s)

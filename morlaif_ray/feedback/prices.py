@@ -21,7 +21,7 @@ from morlaif_ray.config.judging import JudgeConfig
 from morlaif_ray.errors import ConfigError, FeedbackError
 
 SHIPPED = Path(__file__).with_name("prices.yaml")
-FIELDS = ("prompt", "completion", "cached_prompt", "batch_factor")
+FIELDS = ("prompt", "completion", "cached_prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class PriceList:
     as_of: str
     """The day on which the prices were read."""
     models: Mapping[str, Price]
-    """By model name without its date suffix; `batch_factor` is the Batch API's."""
+    """By model name without its date suffix."""
 
     def find(self, model: str) -> Price | None:
         """The price of `model` or of `model-2026-01-01`."""
@@ -121,7 +121,7 @@ def price_of(judge: JudgeConfig, prices_file: Path | None = None) -> Price | Non
         found = load_prices(SHIPPED).find(judge.model)
     if found is None:
         return None
-    factor = found.batch_factor if judge.kind == "openai_batch" else 1.0
+    factor = judge.price_factor if judge.kind == "openai_batch" else 1.0
     return Price(found.prompt, found.completion, found.cached_prompt, factor)
 
 
