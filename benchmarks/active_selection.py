@@ -194,6 +194,7 @@ def make_world(num: int, seed: int, noise: float) -> World:
         )
         for level in (noise, 0.0)
     )
+    assert len(pairs) == num, f"only {len(pairs)} of {num} pairs have different responses"
     return World(
         [stable_hash(*pair)[:24] for pair in pairs],
         [dialogue_text(prompt, first) for prompt, first, _ in pairs],
@@ -209,8 +210,11 @@ def make_world(num: int, seed: int, noise: float) -> World:
 def run_seed(settings: Settings, seed: int) -> dict[str, Any]:
     """Accuracy per strategy, size and principle, and how the choices differ from the pool."""
     import torch
+    import transformers
 
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     everything = make_world(settings.pool + settings.test, seed, settings.noise)
     pool = everything.rows(range(settings.pool))
     test = everything.rows(range(settings.pool, settings.pool + settings.test))

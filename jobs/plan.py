@@ -95,6 +95,7 @@ def forecast_feedback(config: Config) -> Forecast:
     questions = num_principles(config) + 1  # and "general", the overall question
     per_pair = questions * (2 if config.feedback.orders == "both" else 1)
     num_pairs, chars, note = _count_pairs(config)
+    num_pairs = _selected(config, num_pairs)
     tokens = estimate_tokens("x" * int(chars))
     price = price_of(config.feedback.judge, config.feedback.prices_file)
     cost = math.nan
@@ -102,6 +103,19 @@ def forecast_feedback(config: Config) -> Forecast:
         cost = price.cost_usd(num_pairs * per_pair * tokens, num_pairs * per_pair)
         cost = 0.0 if price.prompt == price.completion == 0 else cost
     return Forecast(num_pairs, per_pair, tokens, cost, note)
+
+
+def _selected(config: Config, num_pairs: float) -> float:
+    """The pairs left by `feedback.select`, which concerns the split `preference` only (its share as configured)."""
+    from morlaif_ray.feedback.selection import num_selected
+
+    if config.feedback.select.kind == "all" or math.isnan(num_pairs):
+        return num_pairs
+    shares = config.data.splits
+    available = round(
+        num_pairs * shares.preference / (shares.preference + shares.weights + shares.test)
+    )
+    return num_pairs - available + num_selected(config.feedback.select, available)
 
 
 def _count_pairs(config: Config) -> tuple[float, float, str]:

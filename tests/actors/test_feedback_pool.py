@@ -254,6 +254,9 @@ def test_the_job_writes_its_stage_and_the_same_command_skips_it(
         "summary.json",
         "agreement.csv",
         "correlation.csv",
+        "matrix_intervals.csv",
+        "position_bias.csv",
+        "calibration.csv",
         "manifest.json",
     }
     before = (folder / "manifest.json").stat().st_mtime_ns
