@@ -8,9 +8,9 @@ whose only token is A or B, so that one path of parsing, debiasing and storing s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from morlaif_ray.types import Order
 
@@ -77,6 +77,20 @@ class FeedbackClient(Protocol):
 
     async def close(self) -> None:
         """Frees connections; the client is not used afterwards."""
+        ...
+
+
+@runtime_checkable
+class AsksMany(Protocol):
+    """What a client may offer besides: many questions in one call, which share work (`local_client`)."""
+
+    @property
+    def questions_per_call(self) -> int:
+        """As many as one call does well with."""
+        ...
+
+    async def ask_many(self, questions: Sequence[Question]) -> list[RawAnswer | AttemptError]:
+        """One entry per question, in order; AttemptError for those that cannot be asked."""
         ...
 
 
