@@ -98,7 +98,7 @@ def main() -> None:
     if options.run_dir is not None:
         write_csv(options.run_dir / "learning_curve.csv", rows)
     if options.document is not None:
-        write_document(options.document, rows, results, settings, options.width, options.sft_steps)
+        write_document(options.document, rows, results, settings, _describe(options))
     for row in rows:
         print(
             f"{row['strategy']:22s} {row['num_pairs']:5d} pairs   accuracy {row['accuracy']:.4f} "
@@ -116,7 +116,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=2400, help="pairs to choose from")
     parser.add_argument("--test", type=int, default=1500, help="held-out pairs")
     parser.add_argument("--ensemble", type=int, default=4, help="members")
-    parser.add_argument("--min-steps", type=int, default=60, help="fewest optimizer steps per PM")
+    parser.add_argument("--min-steps", type=int, default=100, help="fewest optimizer steps per PM")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--noise", type=float, default=0.5, help="the judge's, nats")
     parser.add_argument("--backbone", help="an SFT model's folder; default: train a small one")
@@ -126,6 +126,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, help="leave learning_curve.csv in this run folder")
     parser.add_argument("--document", type=Path, help="write table and figure to this .md file")
     return parser.parse_args()
+
+
+def _describe(options: argparse.Namespace) -> str:
+    if options.backbone:
+        return f"backbone `{options.backbone}`"
+    return f"a {options.width}-wide, 3-layer GPT-2 fine-tuned for {options.sft_steps} steps"
 
 
 # ---------------------------------------------------------------- backbone and pairs

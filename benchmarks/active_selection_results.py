@@ -114,8 +114,7 @@ def write_document(
     rows: Sequence[dict[str, Any]],
     results: Sequence[dict[str, Any]],
     settings: Settings,
-    width: int,
-    sft_steps: int,
+    backbone: str,
 ) -> None:
     """The figures as Markdown, with the curve as PNG beside it."""
     from morlaif_ray.evaluation.figures import feedback, style
@@ -129,7 +128,7 @@ def write_document(
         picture.write_bytes(style.to_png(figure))
     figures = summary(rows, results, settings)
     path.write_text(
-        page(rows, results, settings, figures, picture.name, width, sft_steps), encoding="utf-8"
+        page(rows, results, settings, figures, picture.name, backbone), encoding="utf-8"
     )
 
 
@@ -139,8 +138,7 @@ def page(
     settings: Settings,
     figures: dict[str, Any],
     picture: str,
-    width: int,
-    sft_steps: int,
+    backbone: str,
 ) -> str:
     by_place = {(row["strategy"], row["num_pairs"]): row for row in rows}
     lines = [
@@ -150,7 +148,7 @@ def page(
         "Do not edit by hand.",
         "",
         f"Test-bed, {settings.pool:,} pairs to choose from, {settings.test:,} held-out pairs, {len(results)} seeds; "
-        f"a {width}-wide, 3-layer GPT-2 fine-tuned for {sft_steps} steps, one trunk with {len(PRINCIPLES)} heads; "
+        f"{backbone}, one trunk with {len(PRINCIPLES)} heads, at least {settings.min_steps} optimizer steps per model; "
         f"ensemble of {settings.ensemble} members (heads on one trunk, bootstrap masks); judge noise {settings.noise} "
         "nats. Accuracy: mean over principles, on the sign of the noise-free truth. Intervals: 95%, Student's t over "
         "seeds.",

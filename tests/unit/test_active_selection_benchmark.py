@@ -43,7 +43,7 @@ def test_the_difference_is_taken_seed_by_seed() -> None:
     assert (last["difference"], last["difference_low"]) == pytest.approx((0.02, 0.02))
     figures = summary(rows, results, SETTINGS)
     assert (figures["gain_mean"], figures["gain_low"]) == (0.02, 0.02)
-    text = page(rows, results, SETTINGS, figures, "curve.png", 64, 600)
+    text = page(rows, results, SETTINGS, figures, "curve.png", "a GPT-2")
     assert "active selection is better" in text
     assert "| 100 | 0.6000 [0.6000, 0.6000] |" in text
 
@@ -51,7 +51,7 @@ def test_the_difference_is_taken_seed_by_seed() -> None:
 def test_a_difference_whose_interval_holds_zero_is_called_none() -> None:
     results = [seed_of(0.70, 0.72), seed_of(0.60, 0.58), seed_of(0.65, 0.66)]
     rows = curve_rows([seed["accuracy"] for seed in results], [100, 200])
-    text = page(rows, results, SETTINGS, summary(rows, results, SETTINGS), "c.png", 64, 600)
+    text = page(rows, results, SETTINGS, summary(rows, results, SETTINGS), "c.png", "a GPT-2")
     assert "no difference can be told" in text
 
 
