@@ -9,7 +9,9 @@ Legend: P pairs, K principles. Missing judgements are NaN and left out pair by p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,12 +47,15 @@ def log_odds_table(
     """(log_odds_PK, decided_PK): log-odds with NaN where missing, and the same with NaN for ties too."""
     rows: dict[str, int] = {}
     columns = {name: column for column, name in enumerate(names)}
-    entries = [entry for entry in judgements if entry.principle in columns]
-    for entry in entries:
-        rows.setdefault(entry.pair_id, len(rows))
+    # Two passes and no list: `judgements` may be a table that makes its entries while they are looked at.
+    for entry in judgements:
+        if entry.principle in columns:
+            rows.setdefault(entry.pair_id, len(rows))
     log_odds_PK = np.full((len(rows), len(columns)), np.nan)
     decided_PK = log_odds_PK.copy()
-    for entry in entries:
+    for entry in judgements:
+        if entry.principle not in columns:
+            continue
         place = rows[entry.pair_id], columns[entry.principle]
         log_odds_PK[place] = entry.log_odds
         if entry.status == "ok":
@@ -105,11 +110,7 @@ def summarise(
 ) -> dict[str, Any]:
     """`summary.json` of the stage (docs/artifacts.md). `names` are the K principles."""
     labels = {pair.pair_id: pair.human_label for pair in pairs}
-    grouped = _by_question(judgements, names)
-    counts = {
-        status: sum(entry.status == status for entry in judgements)
-        for status in ("ok", "tie", "unusable", "failed")
-    }
+    counts = Counter(entry.status for entry in judgements)
     models = sorted({model for outcome in outcomes for model in outcome.models if model})
     return {
         "judge": ", ".join(models),
@@ -123,19 +124,20 @@ def summarise(
         "cost_usd": math.fsum(outcome.cost_usd for outcome in outcomes),
         "by_principle": {
             name: _of_principle(entries, labels, fitted_bias.get(name))
-            for name, entries in grouped.items()
+            for name, entries in _by_question(judgements, names)
         },
     }
 
 
 def _by_question(
     judgements: Sequence[Judgement], names: Sequence[str]
-) -> dict[str, list[Judgement]]:
-    """Question -> its judgements: the K principles, then "general" and "random"."""
-    grouped: dict[str, list[Judgement]] = {name: [] for name in (*names, GENERAL, RANDOM)}
-    for entry in judgements:
-        grouped[entry.principle].append(entry)
-    return grouped
+) -> Iterator[tuple[str, list[Judgement]]]:
+    """(question, its judgements), one question in memory at a time: the K principles, then "general" and "random"."""
+    rows: dict[str, array[int]] = {name: array("q") for name in (*names, GENERAL, RANDOM)}
+    for row, entry in enumerate(judgements):
+        rows[entry.principle].append(row)
+    for name, own in rows.items():
+        yield name, [judgements[row] for row in own]
 
 
 def _of_principle(
@@ -168,9 +170,12 @@ def analysis_tables(
 ) -> dict[str, list[dict[str, Any]]]:
     """File name -> rows of the stage's CSV tables (docs/artifacts.md). `names` are the K principles."""
     labels = {pair.pair_id: pair.human_label for pair in pairs}
-    # "random" repeats other judgements: it has neither a bias nor a calibration of its own.
-    grouped = _by_question(judgements, names)
-    del grouped[RANDOM]
+    biases, calibration = [], []
+    for name, entries in _by_question(judgements, names):
+        # "random" repeats other judgements: it has neither a bias nor a calibration of its own.
+        if name != RANDOM:
+            biases.append(position_bias_row(name, entries, fitted_bias.get(name)))
+            calibration += calibration_rows(name, entries, labels)
     log_odds_PK, decided_PK = log_odds_table(judgements, names)
     agreement, correlation = agreement_matrix(decided_PK), correlation_matrix(log_odds_PK)
     return {
@@ -179,11 +184,8 @@ def analysis_tables(
         "matrix_intervals.csv": _interval_rows(
             agreement, _shared(decided_PK), correlation, _shared(log_odds_PK), names
         ),
-        "position_bias.csv": [
-            position_bias_row(name, entries, fitted_bias.get(name))
-            for name, entries in grouped.items()
-        ],
-        "calibration.csv": calibration_rows(grouped, labels),
+        "position_bias.csv": biases,
+        "calibration.csv": calibration,
     }
 
 

@@ -98,9 +98,9 @@ def overconfidence(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def calibration_rows(
-    grouped: Mapping[str, Sequence[Judgement]], labels: Mapping[str, float]
+    name: str, judgements: Sequence[Judgement], labels: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Rows of `calibration.csv` for every question (name -> its judgements)."""
+    """Rows of `calibration.csv` for one question."""
     return [
         {
             "principle": name,
@@ -112,6 +112,5 @@ def calibration_rows(
             "agreement_low": entry.agreement.low,
             "agreement_high": entry.agreement.high,
         }
-        for name, judgements in grouped.items()
         for entry in reliability(*folded(judgements, labels))
     ]

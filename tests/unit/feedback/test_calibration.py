@@ -75,15 +75,12 @@ def test_a_judge_that_means_its_probabilities_has_no_error() -> None:
     )
 
 
-def test_calibration_rows_hold_every_question_and_its_bins() -> None:
-    grouped = {
-        "x": [judgement("p0", "x", LN4), judgement("p1", "x", -LN4)],
-        "general": [judgement("p0", "general", 5.0)],
-    }
-    rows = calibration_rows(grouped, {"p0": 1.0, "p1": 1.0})
+def test_calibration_rows_hold_the_bins_of_a_question() -> None:
+    judgements = [judgement("p0", "x", LN4), judgement("p1", "x", -LN4), judgement("p0", "x", 5.0)]
+    rows = calibration_rows("x", judgements, {"p0": 1.0, "p1": 1.0})
     assert [(row["principle"], row["count"], row["agreement"]) for row in rows] == [
         ("x", 2, 0.5),
-        ("general", 1, 1.0),
+        ("x", 1, 1.0),
     ]
 
 
