@@ -172,8 +172,13 @@ class FeedbackWorker:
 
 
 def worker_cpus(feedback: FeedbackConfig) -> float:
-    """CPUs that one worker reserves: the embedded judge computes, an API client mostly waits."""
-    return 1.0 if feedback.judge.kind == "rules" else 0.5
+    """CPUs that one worker reserves: embedded and local judges compute, an API client mostly waits."""
+    return 1.0 if feedback.judge.kind in ("rules", "local") else 0.5
+
+
+def worker_gpus(feedback: FeedbackConfig) -> float:
+    """GPUs that one worker reserves: only a local judge has a use for one."""
+    return feedback.judge.gpus_per_worker if feedback.judge.kind == "local" else 0.0
 
 
 def spawn_feedback_worker(
@@ -191,7 +196,10 @@ def spawn_feedback_worker(
     # "control" runs beside the work, so a worker that waits for a provider still tells that it lives.
     remote = ray.remote(concurrency_groups={"control": 1})(FeedbackWorker)
     return remote.options(
-        num_cpus=worker_cpus(feedback), max_restarts=max_restarts, max_task_retries=max_restarts
+        num_cpus=worker_cpus(feedback),
+        num_gpus=worker_gpus(feedback),
+        max_restarts=max_restarts,
+        max_task_retries=max_restarts,
     ).remote(
         feedback,
         plan,
