@@ -24,6 +24,7 @@ def feedback_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         section.notice("Stage 2_feedback has not run: there are no judgements.")
     else:
         _counts(section)
+        _joint(section)
         _principles(section)
         _bias(section)
         _calibration(section)
@@ -40,12 +41,61 @@ def _counts(section: Section) -> None:
             found.get("judge") or "-", *counts, show(number(found, "cost_usd"), "{:,.2f}")
         )
     )
+    for sentence in (_selection(section.tables), _truncation(found)):
+        if sentence:
+            section.text(sentence)
     statements = _statements(section.tables)
     rows: list[Row] = [
         {"principle": name, "statement": statements.get(name, ""), **row, **_shares(row)}
         for name, row in section.tables.asked.items()
     ]
     section.table("feedback", "Judgements per principle", _FEEDBACK_COLUMNS, rows)
+
+
+def _selection(tables: RunTables) -> str:
+    select = tables.config.feedback.select if tables.config is not None else None
+    if select is None or select.kind == "all":
+        return ""
+    how = (
+        "drawn at random"
+        if select.kind == "random"
+        else f"chosen in {select.rounds} rounds where an ensemble of {select.ensemble_size} preference models disagreed"
+    )
+    return (
+        f"Of the pairs for training at most {select.num_pairs:,} were put to the judge, {how}; the pairs for weights "
+        f"and test all were."
+    )
+
+
+def _truncation(found: Row) -> str:
+    num = number(found, "num_truncated")
+    if math.isnan(num) or num == 0:
+        return ""
+    return f"{num:,.0f} pairs were longer than the judge's context and lost their oldest turns."
+
+
+def _joint(section: Section) -> None:
+    """Agreement of joint with separate questions, where several principles were asked in one request."""
+    found: Row = section.tables.feedback.get("joint_agreement") or {}
+    if not number(found, "num_compared") > 0:
+        return
+    section.text(
+        f"Several principles were asked in one request; on {number(found, 'num_pairs'):,.0f} pairs they were asked "
+        f"separately too: the two ways agree on {show_interval(interval(found, 'agreement'))} of "
+        f"{number(found, 'num_compared'):,.0f} decided labels."
+    )
+    rows: list[Row] = [{"principle": name, **row} for name, row in found["by_principle"].items()]
+    section.table(
+        "joint_agreement",
+        "Agreement of joint with separate questions",
+        (
+            Column("principle", "Principle", NAME),
+            Column("agreement", "Agreement", "{:.3f}"),
+            Column("num", "Labels", "{:,.0f}"),
+        ),
+        rows,
+        collapsed=True,
+    )
 
 
 def _principles(section: Section) -> None:
