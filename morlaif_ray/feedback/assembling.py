@@ -119,14 +119,19 @@ def _answers(outcome: BatchOutcome, plan: QuestionPlan, number: int) -> list[Ans
 
 def check_missing(judgements: Sequence[Judgement], max_missing_share: float) -> None:
     """FeedbackError naming the most frequent reasons where more than the allowed share is unusable or failed."""
-    asked = [entry for entry in judgements if entry.principle != RANDOM]
-    missing = [entry for entry in asked if entry.status in ("unusable", "failed")]
-    if len(missing) <= max_missing_share * len(asked):
+    asked, reasons = 0, Counter[str]()
+    for entry in judgements:
+        if entry.principle == RANDOM:
+            continue
+        asked += 1
+        if entry.status in ("unusable", "failed"):
+            reasons[entry.reason.split(": ", 1)[-1]] += 1
+    missing = reasons.total()
+    if missing <= max_missing_share * asked:
         return
-    reasons = Counter(entry.reason.split(": ", 1)[-1] for entry in missing)
     worst = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
     raise FeedbackError(
-        f"{len(missing)} of {len(asked)} judgements are missing ({len(missing) / len(asked):.1%}, allowed "
+        f"{missing} of {asked} judgements are missing ({missing / asked:.1%}, allowed "
         f"{max_missing_share:.1%}): {worst}; answers so far are in the ledger: mend the judge and run again, or raise "
         f"feedback.max_missing_share"
     )
