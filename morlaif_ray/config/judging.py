@@ -104,8 +104,6 @@ class OpenAIBatchJudge(_OpenAIOptions):
     """Seconds between two looks at the open batches."""
     price_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Batch price over list price."""
-    price_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Batch price over list price."""
 
 
 class LocalJudge(Section):

@@ -143,15 +143,6 @@ def answer_tokens(judge: JudgeConfig, question: Question) -> float:
     return float(max_answer_tokens(judge, question))
 
 
-def answer_tokens(judge: JudgeConfig, question: Question) -> float:
-    """The most tokens that the answer may have, for a budget that must not be overspent."""
-    if not isinstance(judge, OpenAIJudge | OpenAIBatchJudge):
-        return 1.0
-    from morlaif_ray.feedback.openai_requests import max_answer_tokens
-
-    return float(max_answer_tokens(judge, question))
-
-
 def check_principles(judge: JudgeConfig, names: Iterable[str]) -> None:
     """PrincipleError where the embedded judge has no measure for a principle (any other judge reads its phrase)."""
     if not isinstance(judge, RulesJudge):

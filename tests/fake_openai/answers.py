@@ -88,3 +88,11 @@ def _completion(
             "total_tokens": prompt_tokens + completion_tokens,
         },
     }
+
+
+def one_token_answer(body: dict[str, Any], log_odds: float, model: str) -> dict[str, Any]:
+    """A plain completion of one token with its alternatives; A and B have 0.9 of the probability."""
+    log_a = -math.log1p(math.exp(-log_odds)) + math.log(0.9)
+    token = _token("A", [("A", log_a), (" B", log_a - log_odds), ("The", math.log(0.1))])
+    prompt_tokens = sum(len(message["content"].split()) for message in body["messages"])
+    return _completion("A", [token], model, prompt_tokens, 1, "length")
