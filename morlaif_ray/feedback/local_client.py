@@ -7,7 +7,8 @@ answer does not depend on which questions it is asked with (float32: below 1e-4 
 
 Every token of the vocabulary that spells the bare letter counts (`parsing.letter_of`), and the probabilities are those
 of the full softmax, so the A/B mass is exact. A pair that is too long for the model loses its oldest turns first, then
-the ends of both responses (`truncation.fit`); `num_truncated` counts the questions shown cut.
+the ends of both responses. The prompter does that where it knows the limit (`local_weights.own_limit`), so that the
+driver can count the pairs; what is still too long, by the exact count of the whole, is cut here in the same way.
 """
 
 from __future__ import annotations

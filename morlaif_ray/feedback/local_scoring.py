@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
-Ids = Sequence[int]
+Ids = list[int]
 Read = TypeVar("Read")
 Logits = tuple[list[int], torch.Tensor]
 """(prompt numbers, their logits_RV)."""
@@ -211,7 +211,7 @@ class PrefixScorer:
             # The vocabulary is most of a small model: meet it only where a text ends.
             kept_U, ends_R = torch.unique(ends_R, return_inverse=True)
             options["logits_to_keep"] = kept_U
-        logits = self._call(tokens_RS, mask_RS, positions_RS, **options).logits
+        logits: torch.Tensor = self._call(tokens_RS, mask_RS, positions_RS, **options).logits
         return logits[self._places(len(texts)), ends_R]
 
     def _call(

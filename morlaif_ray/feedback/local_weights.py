@@ -6,6 +6,7 @@ Only the standard library: the driver asks this before anything starts.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from morlaif_ray.config.judging import LocalJudge
@@ -13,6 +14,8 @@ from morlaif_ray.errors import FeedbackError
 
 SAMPLE_BYTES = 1 << 20
 """Read at the start, middle and end of each weights file; hashing all of 15 GB would take too long."""
+CHAT_TOKENS = 48
+"""Kept free for what a chat template or the answer cue puts around the messages."""
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
@@ -26,6 +29,24 @@ def model_version(judge: LocalJudge) -> str:
             f"feedback.judge.model: {judge.model} is not a folder; name one saved by save_pretrained, or a hub id"
         )
     return f"{judge.model}@{judge.revision or 'main'}"
+
+
+def own_limit(judge: LocalJudge) -> tuple[int | None, Path | None]:
+    """(tokens of a prompt without what a chat template adds, the tokenizer to count with), as the driver can know them.
+
+    (None, None) for a hub id, or a folder that does not say: the client then cuts by itself, uncounted.
+    """
+    folder = Path(judge.model).expanduser()
+    if not (folder / "tokenizer.json").is_file() or not (folder / "config.json").is_file():
+        return None, None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None, None  # loading the model will say what is wrong with it
+    config = config.get("text_config", config)
+    own = config.get("max_position_embeddings", config.get("n_positions"))
+    limit = judge.max_length or own
+    return (limit - CHAT_TOKENS, folder) if limit and limit > 2 * CHAT_TOKENS else (None, None)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -15,12 +15,14 @@ from morlaif_ray.config.judging import (
     FeedbackConfig,
     FewShotExample,
     JudgeConfig,
+    LocalJudge,
     OpenAIBatchJudge,
     OpenAIJudge,
 )
 from morlaif_ray.errors import ConfigError
 from morlaif_ray.feedback.client import AttemptError, Question
 from morlaif_ray.feedback.fewshot import example_messages, load_few_shot
+from morlaif_ray.feedback.local_weights import own_limit
 from morlaif_ray.feedback.template import (
     DEFAULT_TEMPLATES,
     AnswerStyle,
@@ -93,6 +95,10 @@ class Prompter:
         template = self._joint_template if question.members else self.template
         return fill(template, fitted.conversation, fitted.first, fitted.second, question.phrase)
 
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        return self._max_tokens
+
     def truncates(self, question: Question) -> bool:
         """Whether this question's pair is shown cut, or cannot be shown at all."""
         fitted = self._fit(question)
@@ -148,21 +154,24 @@ def prompter_for(feedback: FeedbackConfig) -> Prompter:
     system_prompt = (
         judge.system_prompt if isinstance(judge, OpenAIJudge | OpenAIBatchJudge) else None
     )
+    max_tokens, tokenizer = feedback.max_prompt_tokens, feedback.tokenizer
+    if isinstance(judge, LocalJudge) and max_tokens is None:
+        max_tokens, tokenizer = own_limit(judge)
     return Prompter(
         feedback.template,
         style=style_of(judge),
         examples=load_few_shot(feedback.few_shot),
         system_prompt=system_prompt,
-        max_prompt_tokens=feedback.max_prompt_tokens,
-        count=load_counter(feedback.tokenizer),
+        max_prompt_tokens=max_tokens,
+        count=load_counter(tokenizer),
     )
 
 
 def count_truncated(feedback: FeedbackConfig, pairs: Sequence[ResponsePair]) -> int:
     """Pairs that the judge sees cut, or not at all: `num_truncated` of summary.json."""
-    if feedback.max_prompt_tokens is None:
-        return 0
     prompter = prompter_for(feedback)
+    if prompter.max_prompt_tokens is None:
+        return 0
     return sum(
         prompter.truncates(
             Question(pair.prompt, pair.response_a, pair.response_b, "", "", "ab", b"")

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from morlaif_ray.backbone import load_causal_lm, load_tokenizer
-from morlaif_ray.config.judging import LocalJudge
+from morlaif_ray.config.judging import FeedbackConfig, LocalJudge
 from morlaif_ray.errors import ArtifactError, ConfigError, FeedbackError
 from morlaif_ray.feedback.client import AttemptError, Question, RawAnswer
-from morlaif_ray.feedback.judges import build_client, recipe_of
+from morlaif_ray.feedback.judges import build_client, build_feedback_client, recipe_of
 from morlaif_ray.feedback.parsing import parse_answer
+from morlaif_ray.feedback.prompting import count_truncated
 from morlaif_ray.feedback.questions import PairBatch
 from morlaif_ray.feedback.template import DEFAULT_TEMPLATE, render
 from tests.unit.feedback.fakes import PLAN, FakeJudge, MemoryLedger, make_pairs, make_runner
@@ -231,3 +232,19 @@ def test_recorded_answers_are_not_asked_of_it_again() -> None:
     judge = ManyJudge("")
     asyncio.run(make_runner(judge, ledger).run(PairBatch(0, pairs)))
     assert [question.prompt for question in judge.asked] == [pairs[2].prompt] * 4
+
+
+def test_the_driver_counts_the_pairs_that_the_judge_will_see_cut(judge_folder: Path) -> None:
+    judge = LocalJudge(model=str(judge_folder), max_length=600)
+    feedback = FeedbackConfig(judge=judge)
+    question = long_question(40)
+    pairs = [
+        *make_pairs(3),
+        dataclasses.replace(make_pairs(1)[0], prompt=question.prompt, pair_id="long"),
+    ]
+    assert count_truncated(feedback, pairs) == 1
+    client: Any = build_feedback_client(feedback, seed=0)
+    (answer,) = ask(client, [question])
+    assert isinstance(answer, RawAnswer)
+    assert answer.prompt_tokens <= 600
+    assert client.num_truncated == 0  # the prompter's cut was enough

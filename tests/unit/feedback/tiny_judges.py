@@ -28,7 +28,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """model_type -> what its configuration needs besides the common sizes."""
 
 
-def tiny_model(family: str, *, vocabulary: int = 97, context: int = 512, **changes: Any) -> Any:
+def tiny_model(
+    family: str,
+    *,
+    vocabulary: int = 97,
+    context: int = 512,
+    scale: float = 8.0,
+    **changes: Any,
+) -> Any:
     """Two layers, 32 wide. The weights are scaled up, so that answers differ clearly between prompts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,7 +58,7 @@ def tiny_model(family: str, *, vocabulary: int = 97, context: int = 512, **chang
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(8.0)
+                parameter.mul_(scale)
     return model
 
 
@@ -86,4 +93,28 @@ def make_judge(
     model = tiny_model(family, vocabulary=len(tokenizer), context=context, **changes)
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_letter_judge(folder: Path, **changes: Any) -> Path:
+    """A Llama that mostly answers A or B, as a real judge does: where its state usually points lie the letters."""
+    from morlaif_ray.backbone import load_causal_lm, load_tokenizer, save_pretrained
+    from morlaif_ray.feedback.parsing import letter_of
+
+    make_judge(folder, "llama", scale=3.0, **changes)
+    model, tokenizer = load_causal_lm(str(folder)), load_tokenizer(str(folder))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    with torch.no_grad():
+        text = "Which response is better? Answer with a single letter, A or B.\n\nAnswer:"
+        if tokenizer.chat_template is not None:
+            message = {"role": "user", "content": text}
+            text = tokenizer.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True
+            )
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        usual = model.model(ids).last_hidden_state[0, -1]
+        letters = [number for number, token in enumerate(tokens) if letter_of(token)]
+        # 10 nats above the other 320 tokens: most of the probability, not all of it.
+        model.get_output_embeddings().weight[letters] += 10.0 * usual / usual.square().sum()
+    save_pretrained(model, tokenizer, folder)
     return folder
