@@ -14,10 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from jobs.ask_judge import ask_judge
 from jobs.context import JobContext
 from jobs.select_pairs import select_pairs, selection_recipe
 from morlaif_ray.artifacts import (
-    canonical_json,
     explain_os_errors,
     read_records,
     write_csv,
@@ -31,15 +31,14 @@ from morlaif_ray.feedback.asking import BatchOutcome
 from morlaif_ray.feedback.assembling import Assembled, assemble, check_missing
 from morlaif_ray.feedback.combining import CombineRule
 from morlaif_ray.feedback.joint import agreement_with_separate, check_sample
-from morlaif_ray.feedback.judges import check_principles, judge_identity, recipe_for
+from morlaif_ray.feedback.judges import check_principles, recipe_for
 from morlaif_ray.feedback.prices import price_for_budget
-from morlaif_ray.feedback.prompting import count_truncated, prompter_for
+from morlaif_ray.feedback.prompting import count_truncated
 from morlaif_ray.feedback.questions import (
     PairBatch,
     QuestionPlan,
     plan_questions,
     random_assignment,
-    split_batches,
 )
 from morlaif_ray.principles import load_principles
 from morlaif_ray.types import Judgement, ResponsePair
@@ -136,31 +135,9 @@ def judgeable_pairs(path: Path) -> list[ResponsePair]:
 def _ask(
     context: JobContext, pairs: Sequence[ResponsePair], plan: QuestionPlan
 ) -> tuple[list[PairBatch], list[BatchOutcome]]:
-    from actors.feedback_pool import QUESTIONS_PER_BATCH, FeedbackPool
-    from actors.ledger_writer import LedgerRecipe
-
-    config = context.config
-    batches = list(split_batches(pairs, plan, QUESTIONS_PER_BATCH))
-    identity = canonical_json(judge_identity(config.feedback.judge, config.seed))
-    context.connect()
-    pool = FeedbackPool(
-        config.feedback,
-        plan,
-        ledger_path(context),
-        LedgerRecipe(plan.recipe, identity, prompter_for(config.feedback).describe()),
-        seed=config.seed,
-        start_timeout_s=config.cluster.start_timeout_s,
-        progress_path=context.path(*PROGRESS),
+    return ask_judge(
+        context, pairs, plan, ledger_path(context), progress_path=context.path(*PROGRESS)
     )
-    with pool:
-        if pool.num_recorded_before:
-            context.reporter.line(
-                f"ledger: {pool.num_recorded_before} answers recorded before are not asked again"
-            )
-        total = len(pairs) * plan.per_pair
-        with context.reporter.task("AI feedback", total=total, unit="questions") as task:
-            outcomes = pool.answer(batches, task.advance)
-    return batches, outcomes
 
 
 def _check_joint(

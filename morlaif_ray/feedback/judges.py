@@ -134,6 +134,13 @@ def _recipe(judge: JudgeConfig, seed: int, prompter: Prompter) -> str:
     return stable_hash(canonical_json(judge_identity(judge, seed)), prompter.describe())
 
 
+def key_names(judge: JudgeConfig) -> list[str]:
+    """The environment variables that must hold a key."""
+    if isinstance(judge, OpenAIJudge) and judge.endpoints:
+        return [endpoint.api_key_env for endpoint in judge.endpoints]
+    return [judge.api_key_env] if isinstance(judge, OpenAIJudge | OpenAIBatchJudge) else []
+
+
 def answer_tokens(judge: JudgeConfig, question: Question) -> float:
     """The most tokens that the answer may have, for a budget that must not be overspent."""
     if not isinstance(judge, OpenAIJudge | OpenAIBatchJudge):
