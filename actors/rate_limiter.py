@@ -30,8 +30,8 @@ from morlaif_ray.feedback.rate import (
 if TYPE_CHECKING:
     import ray.actor
 
-BURST_S = 0.5
-"""After a stall at most this many seconds' worth start at once."""
+BURST_S = 0.1
+"""After a stall at most this many seconds' worth start at once; what was granted ahead makes up for short ones."""
 LOOKAHEAD_S = 0.5
 """Permits are given out so long before their time; a worker then asks about four times a second."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion
 
 from morlaif_ray.config.judging import OpenAIBatchJudge, OpenAIJudge
 from morlaif_ray.errors import FeedbackError
@@ -38,14 +39,24 @@ def key_from_environment(name: str) -> str:
     return key
 
 
+POOLS = 8
+"""Connection pools per server."""
+
+
 @dataclass(slots=True)
 class _Server:
     """One endpoint with its connections."""
 
-    client: openai.AsyncOpenAI
+    clients: list[openai.AsyncOpenAI]
+    """Taken in turn: a pool looks at each of its connections for every request, so small pools cost less CPU."""
     key: str
     key_name: str
     where: str
+    turn: int = 0
+
+    def next_client(self) -> openai.AsyncOpenAI:
+        self.turn = (self.turn + 1) % len(self.clients)
+        return self.clients[self.turn]
 
 
 class OpenAIClient:
@@ -69,17 +80,22 @@ class OpenAIClient:
 
     def _server(self, base_url: str | None, key_name: str) -> _Server:
         key = key_from_environment(key_name)
-        client = openai.AsyncOpenAI(
-            api_key=key,
-            base_url=base_url,
-            max_retries=0,
-            timeout=self._judge.request_timeout_s,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._hear]}),
-        )
-        return _Server(client, key, key_name, base_url or "the provider's default URL")
+        clients = [
+            openai.AsyncOpenAI(
+                api_key=key,
+                base_url=base_url,
+                max_retries=0,
+                timeout=self._judge.request_timeout_s,
+                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._hear]}),
+            )
+            for _ in range(POOLS)
+        ]
+        return _Server(clients, key, key_name, base_url or "the provider's default URL")
 
     async def _hear(self, response: Any) -> None:
         """Keeps what a response says of the provider's limits, refusals included."""
+        if not any(name.lower().startswith(b"x-ratelimit") for name, _ in response.headers.raw):
+            return
         hints = read_hints(response.headers)
         if hints is not None:
             self._hints = hints
@@ -111,7 +127,10 @@ class OpenAIClient:
         try:
             # The SDK's time-out counts anew for every chunk; this one is for the whole request.
             async with asyncio.timeout(self._judge.request_timeout_s):
-                completion = await server.client.chat.completions.create(**body)
+                # As `chat.completions.create` does, less its walk over the typed parameters (15% of the CPU).
+                completion = await server.next_client().post(
+                    "/chat/completions", body=body, cast_to=ChatCompletion
+                )
         except (TimeoutError, openai.APITimeoutError):
             raise AttemptError(
                 "timeout",
@@ -140,4 +159,5 @@ class OpenAIClient:
 
     async def close(self) -> None:
         for server in self._servers:
-            await server.client.close()
+            for client in server.clients:
+                await client.close()
