@@ -45,7 +45,7 @@ class LocalClient:
     """Loads the model at once. ArtifactError, FeedbackError or ConfigError where it cannot judge."""
 
     def __init__(self, judge: LocalJudge, prompter: Prompter) -> None:
-        self._version = model_version(judge)
+        self.version = model_version(judge)
         path = (
             str(Path(judge.model).expanduser())
             if Path(judge.model).expanduser().is_dir()
@@ -104,7 +104,7 @@ class LocalClient:
         answers: list[Any] = list(encoded)
         order = [number for group in groups.values() for number in group]
         for number, top in zip(order, tops, strict=True):
-            answers[number] = RawAnswer(top, self._version, len(encoded[number]), 0)
+            answers[number] = RawAnswer(top, self.version, len(encoded[number]), 0)
         return answers
 
     def _read(self, logprobs_RV: torch.Tensor) -> list[dict[str, float]]:
@@ -203,7 +203,7 @@ class LocalClient:
             )
         except TemplateError as error:
             raise FeedbackError(
-                f"the chat template of {self._version} refuses the judge's messages ({error}); "
+                f"the chat template of {self.version} refuses the judge's messages ({error}); "
                 f"leave out feedback.few_shot, or use another model"
             ) from None
         return text
