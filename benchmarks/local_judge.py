@@ -5,7 +5,8 @@
 A Llama of about 25 million untrained parameters is made on the spot; its answers mean nothing, its arithmetic is a real
 judge's. Each round times, on a pair of its own of about 400 tokens, one question and then twelve; the figure is the
 median of the rounds' ratios, so that other work on the machine touches both sides alike (CPU time stands beside it).
-The labels of the twelve are compared with those of twelve prompts asked alone. One thread, as a worker with one CPU has. Last line: one JSON object.
+The labels of the twelve are compared with those of twelve prompts asked alone. One thread, as a worker with one CPU
+has. Last line: one JSON object.
 """
 
 from __future__ import annotations

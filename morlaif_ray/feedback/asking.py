@@ -16,7 +16,8 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from morlaif_ray.errors import FeedbackError
 from morlaif_ray.feedback.client import (
@@ -42,6 +43,8 @@ BREAKER_FAILURES = 50
 """So many questions given up in a row end the stage: the judge is down, not unlucky."""
 TASKS_PER_REQUEST = 2
 """Questions being handled per request in flight: the second one waits for its permit meanwhile."""
+BEAT_S, CALL_PATIENCE_S = 5.0, 3600.0
+"""A call of many questions gives a sign of life so often, for so long."""
 NOTHING = Cost(0.0, 0.0)
 
 
@@ -141,7 +144,7 @@ class BatchRunner:
                 costs = [await self._permit(question) for question in questions]
                 self.signs_of_life += 1
                 started_s = time.perf_counter()
-                answers = await client.ask_many(questions)
+                answers = await self._patiently(client.ask_many(questions))
             except FeedbackError as error:
                 self._stop = self._stop or error
                 return
@@ -153,6 +156,18 @@ class BatchRunner:
                 else:
                     await self._record((number,), record, answer, cost, latency_s, 1)
             self.done[record.index] += len(numbers)
+
+    async def _patiently(
+        self, call: Coroutine[Any, Any, list[RawAnswer | AttemptError]]
+    ) -> list[RawAnswer | AttemptError]:
+        """A call that computes for minutes (a large model on a CPU) is not a hang; one of an hour is."""
+        task = asyncio.create_task(call)
+        started_s = time.monotonic()
+        while not task.done():
+            await asyncio.wait({task}, timeout=BEAT_S)
+            if time.monotonic() - started_s < CALL_PATIENCE_S:
+                self.signs_of_life += 1
+        return task.result()
 
     async def _answer(self, numbers: tuple[int, ...], record: BatchRecord) -> None:
         """Asks one request until it is answered, given up, or hopeless (FeedbackError).
