@@ -35,6 +35,7 @@ from morlaif_ray.feedback.judges import check_principles, recipe_for
 from morlaif_ray.feedback.prices import price_for_budget
 from morlaif_ray.feedback.prompting import count_truncated
 from morlaif_ray.feedback.questions import (
+    GENERAL,
     PairBatch,
     QuestionPlan,
     plan_questions,
@@ -152,7 +153,9 @@ def _check_joint(
     sample = check_sample(pairs, config.feedback.joint_check_share, config.seed)
     if not sample:
         return agreement_with_separate([], [], 0), []
-    alone = replace(plan, joint=1, orders="both")
+    # "general" is asked alone in the main plan already: here it would be counted twice.
+    asked = tuple(entry for entry in plan.principles if entry[0] != GENERAL)
+    alone = replace(plan, principles=asked, joint=1, orders="both")
     batches, outcomes = _ask(context, sample, alone)
     separate = assemble(alone, batches, outcomes, rule, {})
     return agreement_with_separate(joint.judgements, separate.judgements, len(sample)), outcomes
