@@ -7,6 +7,7 @@ Ctrl-C or a crash at any time: the same command goes on from the ledger and pays
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
@@ -92,12 +93,24 @@ def run(context: JobContext) -> None:
     if feedback.joint > 1:
         extras["joint_agreement"], more = _check_joint(context, pairs, plan, rule, assembled)
         outcomes = [*outcomes, *more]
+    extras |= discounts(outcomes)
     rows = {"judgements.parquet": len(assembled.judgements)}
     with stage.writing(rows) as folder:
         write_stage(folder, pairs, assembled, outcomes, names, assignment, extras)
         selection.write(folder)
     shutil.rmtree(stage.work_dir, ignore_errors=True)
     write_answers(context, {pair.pair_id for pair in pairs}, recipe)
+
+
+def discounts(outcomes: Sequence[BatchOutcome]) -> dict[str, float]:
+    """What `cost_usd` is already less: the provider's prompt cache and the Batch API, stated apart."""
+    cache_usd = math.fsum(outcome.cache_discount_usd for outcome in outcomes)
+    batch_usd = math.fsum(outcome.batch_discount_usd for outcome in outcomes)
+    return {
+        "cached_tokens": sum(outcome.cached_tokens for outcome in outcomes),
+        "cache_discount_usd": cache_usd,
+        "batch_discount_usd": batch_usd,
+    }
 
 
 def ledger_path(context: JobContext) -> Path:
