@@ -26,6 +26,7 @@ from morlaif_ray.feedback.judges import answer_tokens, build_feedback_client
 from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
 from morlaif_ray.feedback.permits import Limiter
 from morlaif_ray.feedback.prices import price_for_budget
+from morlaif_ray.feedback.prompting import prompter_for
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan
 from morlaif_ray.feedback.rate import Cost, Grant
 from morlaif_ray.feedback.retry import RetryPolicy
@@ -150,6 +151,7 @@ class FeedbackWorker:
                 max_in_flight=feedback.max_in_flight,
                 limiter=self._limiter,
                 answer_tokens=partial(answer_tokens, feedback.judge),
+                head_tokens=prompter_for(feedback).head_tokens,
             )
         return self._opened
 

@@ -62,6 +62,7 @@ class BatchRunner:
         max_in_flight: int,
         limiter: Limiter | None = None,
         answer_tokens: Callable[[Question], float] = lambda _: 1.0,
+        head_tokens: float = 0.0,
     ) -> None:
         self._client = client
         self._limits = client if isinstance(client, ReportsLimits) else None
@@ -71,6 +72,7 @@ class BatchRunner:
         self._price = price
         self._max_in_flight = max_in_flight
         self._answer_tokens = answer_tokens  # the most that an answer may have
+        self._head_tokens = head_tokens  # of system prompt and examples, in every request
         self._permits = Permits(limiter, self._beat) if limiter is not None else None
         self._gate = Gate(start_concurrency(max_in_flight))
         self._failures_in_row = 0
@@ -222,7 +224,9 @@ class BatchRunner:
     async def _permit(self, question: Question) -> Cost | None:
         if self._permits is None:
             return None
-        tokens = estimate_tokens(question.prompt, question.first, question.second, question.phrase)
+        tokens = self._head_tokens + estimate_tokens(
+            question.prompt, question.first, question.second, question.phrase
+        )
         answer = self._answer_tokens(question)
         cost = Cost(tokens + answer, self._price.cost_usd(tokens, answer))
         await self._permits.take(cost)

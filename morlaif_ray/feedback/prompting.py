@@ -23,6 +23,7 @@ from morlaif_ray.errors import ConfigError
 from morlaif_ray.feedback.client import AttemptError, Question
 from morlaif_ray.feedback.fewshot import example_messages, load_few_shot
 from morlaif_ray.feedback.local_weights import own_limit
+from morlaif_ray.feedback.prices import CHARS_PER_TOKEN
 from morlaif_ray.feedback.template import (
     DEFAULT_TEMPLATES,
     AnswerStyle,
@@ -78,6 +79,11 @@ class Prompter:
                 f"feedback.max_prompt_tokens is {max_prompt_tokens} but template and few-shot examples alone take "
                 f"{self._fixed} of them and {PHRASE_TOKENS} are kept for the phrase; raise it or leave out examples"
             )
+
+    @property
+    def head_tokens(self) -> float:
+        """Tokens of system prompt and examples, estimated as a budget does: rather too many than too few."""
+        return sum(len(message["content"]) for message in self._head) / CHARS_PER_TOKEN
 
     def messages(self, question: Question) -> list[dict[str, str]]:
         """AttemptError("bad_request") for a pair whose last message alone is too long for the judge."""
