@@ -77,9 +77,12 @@ def measure_faults(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
             driver.wait()
             time.sleep(3.0)  # its actors notice that it is gone
         driver = _start(task)
+        workers: list[psutil.Process] = []
         for number in range(WORKERS):
             if _wait_rows(driver, ledger, (0.65 + 0.05 * number) * questions):
-                kills["worker"] += _kill_worker(driver, number)
+                workers = workers or _workers_of(driver)  # the first four, not their successors
+                workers[number].kill()
+                kills["worker"] += 1
         driver.wait(timeout=PART_TIMEOUT_S)
         assert driver.returncode == 0, driver.returncode
         stats = provider.stats()
@@ -105,18 +108,9 @@ def _wait_rows(driver: subprocess.Popen[bytes], ledger: Path, rows: float) -> bo
     return True
 
 
-_KILLED: set[int] = set()
-
-
-def _kill_worker(driver: subprocess.Popen[bytes], number: int) -> int:
-    """SIGKILLs one worker that was not killed yet; 1 where there was one."""
-    for child in psutil.Process(driver.pid).children(recursive=True):
-        if child.name().startswith("ray::FeedbackWo") and child.pid not in _KILLED:
-            # The restarted ones are new processes: the oldest that is left is one of the first four.
-            _KILLED.add(child.pid)
-            child.kill()
-            return 1
-    return 0
+def _workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    children = psutil.Process(driver.pid).children(recursive=True)
+    return [child for child in children if child.name().startswith("ray::FeedbackWo")]
 
 
 def _check(
