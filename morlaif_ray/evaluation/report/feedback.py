@@ -71,7 +71,10 @@ def _truncation(found: Row) -> str:
     num = number(found, "num_truncated")
     if math.isnan(num) or num == 0:
         return ""
-    return f"{num:,.0f} pairs were longer than the judge's context and lost their oldest turns, then the end of both responses."
+    return (
+        f"{num:,.0f} pairs were longer than the judge's context and lost their oldest turns, then the end of both "
+        f"responses."
+    )
 
 
 def _joint(section: Section) -> None:
