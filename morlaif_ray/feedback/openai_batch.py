@@ -33,17 +33,18 @@ from morlaif_ray.feedback.batch_files import (
 )
 from morlaif_ray.feedback.batch_journal import BatchJournal, Submission
 from morlaif_ray.feedback.batch_provider import BatchProvider, BatchStatus, OpenAIBatchProvider
-from morlaif_ray.feedback.client import AttemptError, Question
+from morlaif_ray.feedback.client import AttemptError, Question, RawAnswer
 from morlaif_ray.feedback.joint import answers_for, joint_question
 from morlaif_ray.feedback.judges import judge_identity
 from morlaif_ray.feedback.ledger import FailureRow, Ledger, LedgerRow
 from morlaif_ray.feedback.openai_requests import max_answer_tokens, request_body
 from morlaif_ray.feedback.permits import BudgetReachedError
-from morlaif_ray.feedback.prices import estimate_tokens, price_for_budget
-from morlaif_ray.feedback.prompting import prompter_for
+from morlaif_ray.feedback.prices import Price, estimate_tokens, price_for_budget
+from morlaif_ray.feedback.prompting import Prompter, prompter_for
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan
 from morlaif_ray.feedback.recording import BatchOutcome, answer_row, outcome_of
 from morlaif_ray.feedback.retry import Abort, GiveUp, RetryPolicy, decide
+from morlaif_ray.feedback.status import duration
 
 QUEUE_FULL = "token_limit_exceeded"
 """The provider holds as many tokens of ours as it takes: wait until some are done."""
@@ -126,6 +127,15 @@ class BatchCollector:
                 self._sleep(self._judge.poll_s)
         return [self._outcome(batch) for batch in batches]
 
+    @property
+    def num_failed(self) -> int:
+        """Questions given up so far."""
+        return len(self._failed)
+
+    def condition(self) -> str:
+        """What is at the provider, in one line; empty where nothing is."""
+        return _under_way(self._open) if self._open else ""
+
     def _adopt(self) -> None:
         """Takes over what an earlier run left at the provider, or was about to send there."""
         foreign = self._journal.num_foreign(self._plan.recipe)
@@ -157,28 +167,19 @@ class BatchCollector:
             known = stored.keys() | {q.key for q in questions if q.key in self._adopted}
             for numbers in self._plan.requests(questions, known):
                 entries = tuple(
-                    Entry(
-                        q.key, batch.pairs[n // self._plan.per_pair].pair_id, q.principle, q.order
-                    )
-                    for n, q in ((number, questions[number]) for number in numbers)
-                    if q.key not in known
+                    _entry(questions[number], batch.pairs[number // self._plan.per_pair].pair_id)
+                    for number in numbers
+                    if questions[number].key not in known
                 )
-                request = self._request(joint_question([questions[n] for n in numbers]), entries)
-                if request is not None:
+                question = joint_question([questions[n] for n in numbers])
+                try:
+                    request = build_request(
+                        question, entries, self._judge, self._prompter, self._price
+                    )
+                except AttemptError as error:
+                    self._give_up(BatchRequest(question.key.hex(), b"", entries, 0.0), str(error))
+                else:
                     yield request
-
-    def _request(self, question: Question, entries: tuple[Entry, ...]) -> BatchRequest | None:
-        """None, and a recorded failure, for a pair that does not fit into the judge's context."""
-        custom_id = question.key.hex()
-        try:
-            messages = self._prompter.messages(question)
-        except AttemptError as error:
-            self._give_up(BatchRequest(custom_id, b"", entries, 0.0), str(error))
-            return None
-        line = request_line(custom_id, request_body(self._judge, messages, question))
-        tokens = estimate_tokens(*(message["content"] for message in messages))
-        usd = self._price.cost_usd(tokens, max_answer_tokens(self._judge, question))
-        return BatchRequest(custom_id, line, entries, usd)
 
     def _submit_what_may(self, fresh: Iterator[list[BatchRequest]]) -> None:
         """Fills the open batches up to their limit and the budget; BudgetReachedError when none may follow."""
@@ -252,12 +253,7 @@ class BatchCollector:
                 else:
                     again.append(replace(request, attempt=request.attempt + 1))
                 continue
-            parts = answers_for(answer, [True] * len(request.entries))
-            members = question_of(request).members or (question_of(request),)
-            rows += [
-                answer_row(q, entry.pair_id, part, self._price, latency_s, request.attempt)
-                for q, entry, part in zip(members, request.entries, parts, strict=True)
-            ]
+            rows += answer_rows(request, answer, self._price, latency_s)
         self._record(rows)
         if again:
             self._chunks.append(again)
@@ -302,3 +298,46 @@ class BatchCollector:
         stored = self._ledger.lookup([question.key for question in questions])
         recorded = self._recorded.get(batch.index, 0)
         return outcome_of(batch.index, questions, stored, self._failed, recorded)
+
+
+def build_request(
+    question: Question,
+    entries: tuple[Entry, ...],
+    judge: OpenAIBatchJudge,
+    prompter: Prompter,
+    price: Price,
+) -> BatchRequest:
+    """AttemptError for a pair that does not fit into the judge's context."""
+    messages = prompter.messages(question)
+    custom_id = question.key.hex()
+    line = request_line(custom_id, request_body(judge, messages, question))
+    tokens = estimate_tokens(*(message["content"] for message in messages))
+    usd = price.cost_usd(tokens, max_answer_tokens(judge, question))
+    return BatchRequest(custom_id, line, entries, usd)
+
+
+def answer_rows(
+    request: BatchRequest, answer: RawAnswer, price: Price, latency_s: float
+) -> list[LedgerRow]:
+    """The ledger rows of one answered request: one, or in joint mode one per member that was missing."""
+    question = question_of(request)
+    parts = answers_for(answer, [True] * len(request.entries))
+    return [
+        answer_row(member, entry.pair_id, part, price, latency_s, request.attempt)
+        for member, entry, part in zip(
+            question.members or (question,), request.entries, parts, strict=True
+        )
+    ]
+
+
+def _under_way(submissions: Sequence[Submission]) -> str:
+    number = sum(submission.num_requests for submission in submissions)
+    age_s = time.time() - min(submission.created_s for submission in submissions)
+    return (
+        f"at the provider: {len(submissions)} batches, {number} requests, the oldest for {duration(age_s)} "
+        f"(a batch may take a day)"
+    )
+
+
+def _entry(question: Question, pair_id: str) -> Entry:
+    return Entry(question.key, pair_id, question.principle, question.order)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import checks, collect_feedback
+from jobs import ask_judge, checks, collect_feedback
 from jobs.context import JobContext, open_run
+from jobs.feedback_status import status_lines
 from jobs.progress import Reporter
 from morlaif_ray.artifacts import StageFolder, read_json, read_records, write_records
 from morlaif_ray.config import parse_config
@@ -115,6 +116,25 @@ def test_truncated_pairs_are_counted_in_the_summary(api: FakeBatchAPI, tmp_path:
     judgements, summary = stage_of(tmp_path / "run")
     assert summary["num_truncated"] == 1
     assert judgements["long detail"].status == "tie"  # cut to one length, the words are as many
+
+
+def test_the_status_verb_tells_what_is_at_the_provider(
+    api: FakeBatchAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.polls_until_done = 2
+    told: list[str] = []
+    write = ask_judge._Note.write
+
+    def look(note: ask_judge._Note, *, running: bool = True) -> None:
+        write(note, running=running)
+        told.extend(status_lines(tmp_path / "run"))
+
+    monkeypatch.setattr(ask_judge._Note, "write", look)
+    collect_feedback.run(run_of(tmp_path / "run", api, found=pairs(2)))
+    assert "running: 0 of 52 questions done (0.0%), 52 left, 0 failed" in told
+    waiting = [line for line in told if line.startswith("at the provider")]
+    assert waiting[0].startswith("at the provider: 1 batches, 52 requests, the oldest for 0 s")
+    assert "ended: 52 of 52 questions done (100.0%), 0 left, 0 failed" in told
 
 
 def test_nothing_loads_ray(api: FakeBatchAPI, tmp_path: Path) -> None:
