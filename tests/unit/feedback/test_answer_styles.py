@@ -21,7 +21,10 @@ from morlaif_ray.feedback.judges import (
     recipe_of,
 )
 from morlaif_ray.feedback.parsing import HARD_LOG_ODDS, parse_answer
+from morlaif_ray.feedback.questions import QuestionPlan
+from morlaif_ray.feedback.recording import BatchOutcome
 from tests.fake_openai.server import KEY, FakeOpenAI, true_log_odds
+from tests.unit.feedback.fakes import MemoryLedger, batch_of, make_runner
 
 pytestmark = pytest.mark.unit
 FIRST, SECOND = " three words here", " one"
@@ -187,3 +190,39 @@ def test_the_first_endpoint_names_the_judge_so_more_servers_keep_what_is_paid() 
         {"model": "m", "endpoints": [{"base_url": "http://a/v1"}, {"base_url": "http://b/v1"}]}
     )
     assert judge_identity(one, 0) == judge_identity(two, 0)
+
+
+def test_joint_questions_survive_every_fault_and_spend_what_the_server_counted(
+    server: FakeOpenAI,
+) -> None:
+    server.faults.extend(["429", "ok", "500", "reset", "invalid_json", "503", "not_a_completion"])
+    config = feedback(server, {"request_timeout_s": 2.0}, joint=3)
+    names = (
+        ("detail", "Longer?"),
+        ("not_brief", "Not brief?"),
+        ("kind", "Kind?"),
+        ("general", "?"),
+    )
+    plan = QuestionPlan(names, "both", 0, "recipe", joint=3)
+    ledger = MemoryLedger()
+
+    async def work() -> BatchOutcome:
+        client = build_feedback_client(config, seed=0)
+        try:
+            return await make_runner(client, ledger, plan=plan, max_attempts=9).run(batch_of(4))
+        finally:
+            await client.close()
+
+    outcome = asyncio.run(work())
+    assert outcome.num_failed == 0
+    assert len(ledger.rows) == 4 * 8
+    assert server.num_answered == 4 * 4  # pairs x orders x (one joint request and "general")
+    assert outcome.prompt_tokens + outcome.completion_tokens == server.tokens_billed
+    for row in ledger.rows.values():
+        if row.principle == "not_brief":
+            twin = next(
+                other
+                for other in ledger.rows.values()
+                if (other.pair_id, other.slot, other.principle) == (row.pair_id, row.slot, "kind")
+            )
+            assert row.log_odds == pytest.approx(-twin.log_odds)
