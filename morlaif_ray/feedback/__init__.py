@@ -8,8 +8,9 @@
 | `judges` | which judges there are: `rules_client` (`measures`, `lexicons`), `openai_client` |
 | `template` | the prompt: conversation first, principle last |
 | `questions` | which questions there are, content keys, batches |
-| `asking` | the answering loop of a worker; `permits`, `rate`, `retry`, `prices` decide for it |
-| `ledger` | the durable store of answers |
+| `asking` | the loop of a worker; `permits`, `rate`, `breaker`, `concurrency`, `retry`, `prices` decide for it |
+| `ledger`, `ledger_schema`, `recording` | the durable store of answers, and the way into it |
+| `status`, `export` | the ledger read beside its writer: for people, and as Parquet |
 | `parsing`, `combining`, `assembling` | from log-probabilities to debiased judgements |
 | `analysis` | agreement, correlation, position bias, people |
 
