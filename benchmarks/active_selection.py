@@ -9,8 +9,8 @@ log-odds. Both strategies start from the same seed set, so their first points ar
 Student's t over seeds (each seed draws its own prompts, responses, noise, heads and order).
 
 CPU minutes; one torch thread per process. `--keep DIR` keeps the backbone and every finished seed: the same command
-goes on after an interruption (give another folder for other sizes). `--run-dir` leaves `learning_curve.csv` where the report of a run shows it.
-Last line: one JSON object.
+goes on after an interruption (give another folder for other sizes). `--run-dir` leaves `learning_curve.csv` where the
+report of a run shows it. Last line: one JSON object.
 """
 
 from __future__ import annotations
