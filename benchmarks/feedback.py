@@ -308,8 +308,7 @@ def measure_prefix(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
         return {"prefix_time_ratio_12_vs_1": None}
     found = measure_prefix_ratio()
     ratio = found.get("prefix_time_ratio_12_vs_1") if isinstance(found, dict) else found
-    more = {f"prefix_{k}": v for k, v in found.items()} if isinstance(found, dict) else {}
-    return more | {"prefix_time_ratio_12_vs_1": ratio}
+    return (found if isinstance(found, dict) else {}) | {"prefix_time_ratio_12_vs_1": ratio}
 
 
 if __name__ == "__main__":
