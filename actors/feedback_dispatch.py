@@ -84,7 +84,7 @@ class Dispatch:
 
         with contextlib.suppress(ray.exceptions.RayError):
             for worker in self._pool.workers:
-                worker.stop.options(concurrency_group="control").remote()
+                worker.stop.options(concurrency_group="control", max_task_retries=0).remote()
             refs = list(self._under_way)
             if refs:
                 ray.wait(refs, num_returns=len(refs), timeout=self._pool.wind_down_s)
@@ -130,7 +130,9 @@ class Dispatch:
         if not self._pulses and now_s - self._asked_pulse_s >= HEARTBEAT_EVERY_S:
             self._asked_pulse_s = now_s
             for index, worker in enumerate(self._pool.workers):
-                pulse = worker.heartbeat.options(concurrency_group="control").remote()
+                pulse = worker.heartbeat.options(
+                    concurrency_group="control", max_task_retries=0
+                ).remote()
                 self._pulses[pulse] = index
         busy = {worker for worker, _ in self._under_way.values()}
         for index, (signs, since_s) in enumerate(self._signs):

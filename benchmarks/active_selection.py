@@ -8,8 +8,9 @@ mean over principles of the share of held-out pairs whose score difference has t
 log-odds. Both strategies start from the same seed set, so their first points are one and the same. Intervals: 95%,
 Student's t over seeds (each seed draws its own prompts, responses, noise, heads and order).
 
-CPU minutes; one torch thread per process. `--run-dir` leaves `learning_curve.csv` where the report of a run shows it.
-Last line: one JSON object.
+CPU minutes; one torch thread per process. `--keep DIR` keeps the backbone and every finished seed: the same command
+goes on after an interruption (give another folder for other sizes). `--run-dir` leaves `learning_curve.csv` where the
+report of a run shows it. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from benchmarks.active_selection_results import (
     summary,
     write_document,
 )
-from morlaif_ray.artifacts import write_csv
+from morlaif_ray.artifacts import read_json, write_csv, write_json
 from morlaif_ray.feedback.selection import (
     bootstrap_members,
     choose_pairs,
@@ -78,9 +79,9 @@ def main() -> None:
     options = _parse()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        backbone = options.backbone or _train_backbone(
-            Path(scratch), options.width, options.sft_steps
-        )
+        folder = (options.keep or Path(scratch)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        backbone = options.backbone or _train_backbone(folder, options.width, options.sft_steps)
         settings = Settings(
             backbone=str(backbone),
             sizes=tuple(sorted(options.sizes)),
@@ -92,7 +93,7 @@ def main() -> None:
             noise=options.noise,
         )
         print(f"backbone ready after {time.monotonic() - started:.0f} s", flush=True)
-        results = _run_seeds(settings, options.seeds, options.processes)
+        results = _run_seeds(settings, folder, options.seeds, options.processes)
     rows = curve_rows([seed["accuracy"] for seed in results], settings.sizes)
     figures = summary(rows, results, settings) | {"wall_s": round(time.monotonic() - started, 1)}
     if options.run_dir is not None:
@@ -122,6 +123,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--backbone", help="an SFT model's folder; default: train a small one")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--sft-steps", type=int, default=600)
+    parser.add_argument("--keep", type=Path, help="keep backbone and finished seeds here")
     parser.add_argument("--processes", type=int, default=1, help="seeds at the same time")
     parser.add_argument("--run-dir", type=Path, help="leave learning_curve.csv in this run folder")
     parser.add_argument("--document", type=Path, help="write table and figure to this .md file")
@@ -138,7 +140,9 @@ def _describe(options: argparse.Namespace) -> str:
 
 
 def _train_backbone(scratch: Path, width: int, num_steps: int) -> Path:
-    """A small GPT-2 fine-tuned on corpus dialogues that no pair is made of."""
+    """A small GPT-2 fine-tuned on corpus dialogues that no pair is made of; one that is there is taken."""
+    if (scratch / "model").is_dir():
+        return scratch / "model"
     import torch
 
     from morlaif_ray.backbone import build_word_tokenizer, dialogue_text, save_pretrained
@@ -315,12 +319,24 @@ def _fit(
     return model
 
 
-def _run_seeds(settings: Settings, num_seeds: int, processes: int) -> list[dict[str, Any]]:
+def _keep_seed(settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
+    """`run_seed`, or what it left in the folder."""
+    path = folder / f"seed{seed}.json"
+    if not path.is_file():
+        write_json(path, run_seed(settings, seed))
+    found: dict[str, Any] = read_json(path)
+    return found
+
+
+def _run_seeds(
+    settings: Settings, folder: Path, num_seeds: int, processes: int
+) -> list[dict[str, Any]]:
     if processes == 1:
-        return [run_seed(settings, seed) for seed in range(num_seeds)]
+        return [_keep_seed(settings, seed, folder) for seed in range(num_seeds)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as executor:
-        return list(executor.map(run_seed, [settings] * num_seeds, range(num_seeds)))
+        work = ([settings] * num_seeds, range(num_seeds), [folder] * num_seeds)
+        return list(executor.map(_keep_seed, *work))
 
 
 if __name__ == "__main__":

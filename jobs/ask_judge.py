@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from jobs.context import JobContext
 from morlaif_ray.artifacts import canonical_json, write_json
 from morlaif_ray.feedback.asking import BatchOutcome
+from morlaif_ray.feedback.fewshot import with_examples_inlined
 from morlaif_ray.feedback.judges import judge_identity
 from morlaif_ray.feedback.prompting import prompter_for
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan, split_batches
@@ -47,7 +48,7 @@ def ask_judge(
     identity = canonical_json(judge_identity(config.feedback.judge, config.seed))
     context.connect()
     pool = FeedbackPool(
-        config.feedback,
+        with_examples_inlined(config.feedback),
         plan,
         ledger_path,
         LedgerRecipe(plan.recipe, identity, prompter_for(config.feedback).describe()),

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from morlaif_ray.config.judging import FewShotExample
+from morlaif_ray.config.judging import FeedbackConfig, FewShotExample
 from morlaif_ray.errors import ConfigError
 from morlaif_ray.feedback.template import AnswerStyle, fill
 
@@ -38,6 +38,13 @@ def load_few_shot(source: Sequence[FewShotExample] | Path) -> tuple[FewShotExamp
             f"feedback.few_shot: {source} must hold a list of examples, not {type(entries).__name__}"
         )
     return tuple(_example(source, number, entry) for number, entry in enumerate(entries, start=1))
+
+
+def with_examples_inlined(feedback: FeedbackConfig) -> FeedbackConfig:
+    """The same section with the examples of the file in it: workers on other nodes may not have the file."""
+    if not isinstance(feedback.few_shot, Path):
+        return feedback
+    return feedback.model_copy(update={"few_shot": list(load_few_shot(feedback.few_shot))})
 
 
 def _example(source: Path, number: int, entry: object) -> FewShotExample:

@@ -38,7 +38,9 @@ def forecast_pair(feedback: FeedbackConfig, num_principles: int, pair_chars: flo
         for group in joint_groups(principles, joint):
             asked = joint_question([_question(text, *principles[column]) for column in group])
             requests += times
-            prompt += times * (estimate_tokens(asked.prompt, asked.phrase) + fixed)
+            # `estimate_tokens` has room for one phrase, not for the list of a joint request.
+            phrases = asked.phrase if asked.members else ""
+            prompt += times * (estimate_tokens(asked.prompt, phrases) + fixed)
             completion += times * answer_tokens(feedback.judge, asked)
 
     add(feedback.joint, num_orders)

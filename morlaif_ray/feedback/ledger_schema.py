@@ -14,8 +14,8 @@ from typing import NamedTuple
 from morlaif_ray.errors import FeedbackError
 
 SCHEMA_VERSION = 2
-CACHE_KB = 16_384
-"""SQLite's page cache: the key index of some half a million answers, and no more memory than that."""
+CACHE_KB = 4_096
+"""SQLite's page cache: small, since the system caches the key index anyway."""
 
 _ANSWERS = """
 CREATE TABLE IF NOT EXISTS answers (

@@ -156,7 +156,7 @@ def _answer(
         cached = usage.prompt_tokens_details.cached_tokens or 0
     return RawAnswer(
         top_logprobs=top or {},
-        model=model or str(completion.model or ""),
+        model=model or (str(completion.model or "") if completion is not None else ""),
         prompt_tokens=usage.prompt_tokens if usage is not None else 0,
         completion_tokens=usage.completion_tokens if usage is not None else 0,
         refusal=refusal,

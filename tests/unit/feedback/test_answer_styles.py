@@ -12,6 +12,7 @@ import pytest
 from morlaif_ray.config.judging import FeedbackConfig, OpenAIJudge
 from morlaif_ray.errors import ConfigError
 from morlaif_ray.feedback.client import Question, RawAnswer
+from morlaif_ray.feedback.fewshot import with_examples_inlined
 from morlaif_ray.feedback.joint import joint_question
 from morlaif_ray.feedback.judges import (
     answer_tokens,
@@ -226,3 +227,14 @@ def test_joint_questions_survive_every_fault_and_spend_what_the_server_counted(
                 if (other.pair_id, other.slot, other.principle) == (row.pair_id, row.slot, "kind")
             )
             assert row.log_odds == pytest.approx(-twin.log_odds)
+
+
+def test_examples_of_a_file_travel_inside_the_config_under_the_same_keys(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "examples.yaml"
+    path.write_text("- {conversation: a, response_a: b, response_b: c, question: d, answer: B}\n")
+    from_file = feedback(few_shot=str(path))
+    recipe = recipe_for(from_file, 0)
+    inlined = with_examples_inlined(from_file)
+    path.unlink()
+    assert recipe_for(inlined, 0) == recipe
+    assert recipe != recipe_for(feedback(), 0)

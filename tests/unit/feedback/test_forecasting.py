@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from morlaif_ray.config.judging import FeedbackConfig
-from morlaif_ray.feedback.forecasting import PHRASE, forecast_pair
+from morlaif_ray.feedback.forecasting import forecast_pair
 
 pytestmark = pytest.mark.unit
-ONE = (600 + len(PHRASE)) / 3.0 + 150.0  # characters / 3, and 150 for template and chat
+ONE = 600 / 3.0 + 150.0  # characters / 3, and 150 for template, phrase and chat
 
 
 def feedback(**changes: object) -> FeedbackConfig:
