@@ -60,11 +60,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"morlaif {__version__}")
     verbs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     for verb, (_, text) in JOBS.items():
-        _add_options(verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + "."), verb)
+        _add_options(
+            verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + "."), verb
+        )
     feedback = verbs.add_parser("feedback", help=TOOLS["feedback"], description=TOOLS["feedback"])
     questions = feedback.add_subparsers(dest="question", metavar="QUESTION", required=True)
-    status = questions.add_parser("status", help="done, left, failed, spent, rate, time left, bias, agreement, errors")
-    status.add_argument("--run-dir", type=Path, metavar="DIR", required=True, help="the run's folder")
+    status = questions.add_parser(
+        "status", help="done, left, failed, spent, rate, time left, bias, agreement, errors"
+    )
+    status.add_argument(
+        "--run-dir", type=Path, metavar="DIR", required=True, help="the run's folder"
+    )
     return parser
 
 

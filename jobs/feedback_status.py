@@ -24,7 +24,9 @@ def status_lines(run_dir: Path) -> list[str]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise ArtifactError(f"{run_dir}: no run folder ({CONFIG_FILE} is missing); give --run-dir") from None
+        raise ArtifactError(
+            f"{run_dir}: no run folder ({CONFIG_FILE} is missing); give --run-dir"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ArtifactError(f"{path}: cannot be read ({type(error).__name__})") from None
     shared = (config.get("feedback") or {}).get("ledger_path")

@@ -67,7 +67,9 @@ def judge_verdicts(
     # Equal responses are a tie without a question.
     asked = {duel.pair_id: duel for _, _, duel in duels if duel.response_a != duel.response_b}
     ledger_path = config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")
-    batches, outcomes = ask_judge(context, list(asked.values()), plan, ledger_path.absolute(), title="win rates")
+    batches, outcomes = ask_judge(
+        context, list(asked.values()), plan, ledger_path.absolute(), title="win rates"
+    )
     answers: dict[str, tuple[float, float]] = {}
     for batch, outcome in zip(batches, outcomes, strict=True):
         for number, pair in enumerate(batch.pairs):
