@@ -5,8 +5,8 @@
         server.stats()["answered"], server.stats()["billed_usd"]
 
 Its answers are a known function of the pair and the phrase (`true_log_odds`): a label that went astray shows. It
-bills an answer when the whole body was written. asyncio without a framework: about 0.1 ms of CPU per request, so that
-the client under test is the slower one.
+bills an answer when the whole body was written. asyncio without a framework, so that the client under
+test is the slower one.
 """
 
 from __future__ import annotations
