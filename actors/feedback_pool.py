@@ -11,31 +11,29 @@ round) asks only what is not yet paid. That lets Ray restart workers and repeat 
 from __future__ import annotations
 
 import contextlib
-import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.feedback_worker import Heartbeat, own_error, spawn_feedback_worker, worker_cpus
+from actors.feedback_dispatch import Dispatch, first_line
+from actors.feedback_worker import own_error, spawn_feedback_worker, worker_cpus
 from actors.ledger_writer import LedgerRecipe, spawn_ledger_writer
 from actors.rate_limiter import spawn_rate_limiter
 from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import ActorLostError, FeedbackError, ResourceError
-from morlaif_ray.feedback.asking import BatchOutcome
 from morlaif_ray.feedback.prices import price_for_budget
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan
+from morlaif_ray.feedback.recording import BatchOutcome
 
 QUESTIONS_PER_BATCH = 2048
-BATCHES_PER_WORKER = 2  # the next batch begins while the last answers of one come in
 MAX_RESTARTS = 5
-POLL_S = 0.5
-HEARTBEAT_EVERY_S = 1.0
 CALL_TIMEOUT_S = 120.0
 """Longest wait for one call to ledger or limiter, restarts included."""
 LOCK_WAIT_S = 15.0
 """A killed run's ledger writer needs a moment to go away before its lock counts as another run's."""
+WIND_DOWN_S = 5.0
+"""After an early end, so long beyond one request's time-out may the requests in flight take to end."""
 STALL_TIMEOUT_S = 180.0
 """A worker without any sign of life for this long, beyond one request's time-out, is killed and restarted."""
 
@@ -60,10 +58,10 @@ class FeedbackPool:
         stall_timeout_s: float = STALL_TIMEOUT_S,
         call_timeout_s: float = CALL_TIMEOUT_S,
         lock_wait_s: float = LOCK_WAIT_S,
+        progress_path: Path | None = None,
     ) -> None:
-        price_for_budget(
-            feedback.judge, feedback.budget_usd
-        )  # an impossible budget fails before anything starts
+        # An impossible budget fails before anything starts.
+        price_for_budget(feedback.judge, feedback.budget_usd, feedback.prices_file)
         self._feedback = feedback
         self._plan = plan
         self._path = ledger_path
@@ -75,6 +73,11 @@ class FeedbackPool:
         self._lock_wait_s = lock_wait_s
         request_s = feedback.judge.request_timeout_s if feedback.judge.kind == "openai" else 0.0
         self.stall_timeout_s = stall_timeout_s + request_s
+        self.progress_path = progress_path
+        """Where the driver notes what `morlaif feedback status` cannot see in the ledger; None: nowhere."""
+        self.recipe = plan.recipe
+        self.per_pair = plan.per_pair
+        self.wind_down_s = request_s + WIND_DOWN_S
         self.retry_rounds = feedback.retry_failed
         self._ledger: Any = None
         self._limiter: Any = None
@@ -104,7 +107,8 @@ class FeedbackPool:
             max_restarts=self.max_restarts,
             lock_wait_s=self._lock_wait_s,
         )
-        if feedback.requests_per_minute or feedback.tokens_per_minute or feedback.budget_usd:
+        limited = feedback.requests_per_minute or feedback.tokens_per_minute or feedback.budget_usd
+        if limited or feedback.judge.kind == "openai":  # a provider may have limits that we learn
             self._limiter = spawn_rate_limiter(
                 feedback.requests_per_minute,
                 feedback.tokens_per_minute,
@@ -145,7 +149,7 @@ class FeedbackPool:
             ) from None
         except ray.exceptions.RayActorError as error:
             raise ActorLostError(
-                f"a feedback actor died while starting ({_first_line(error)})"
+                f"a feedback actor died while starting ({first_line(error)})"
             ) from None
 
     def answer(
@@ -155,7 +159,37 @@ class FeedbackPool:
 
         Batches with failed questions are sent again up to `retry_failed` times. FeedbackError, ActorLostError.
         """
-        return _Dispatch(self, batches, on_progress).run()
+        return Dispatch(self, batches, on_progress).run()
+
+    def unfinished_first(self, batches: Sequence[PairBatch]) -> list[int]:
+        """The order in which to work: batches that seem to be recorded whole come last.
+
+        Judged by their first and last pair, so that a run that resumes asks within seconds, however much is recorded.
+        """
+        import ray
+
+        numbers = list(range(len(batches)))
+        if not self.num_recorded_before or len(batches) <= len(self.workers):
+            return numbers
+        keys: list[bytes] = []
+        for batch in batches:
+            for pair in (batch.pairs[0], batch.pairs[-1]):
+                keys += [question.key for question in self._plan.questions(pair)]
+        known: list[bool] = ray.get(
+            self._ledger.recorded.remote(keys), timeout=self._call_timeout_s
+        )
+        each = len(keys) // len(batches)
+        return sorted(numbers, key=lambda number: all(known[number * each : (number + 1) * each]))
+
+    def condition(self) -> str:
+        """The limiter's one line for people where the circuit breaker is open; else empty."""
+        import ray
+
+        if self._limiter is None:
+            return ""
+        with contextlib.suppress(ray.exceptions.RayError):
+            return str(ray.get(self._limiter.condition.remote(), timeout=5.0))
+        return ""
 
     def _end(self) -> None:
         import ray
@@ -169,114 +203,3 @@ class FeedbackPool:
                 ray.get(self._ledger.close.remote(), timeout=30.0)
             ray.kill(self._ledger)
         self.workers, self._limiter, self._ledger = [], None, None
-
-
-class _Dispatch:
-    """One pass over the batches: keeps the workers fed, watches their signs of life, collects outcomes."""
-
-    def __init__(
-        self, pool: FeedbackPool, batches: Sequence[PairBatch], on_progress: Callable[[int], None]
-    ) -> None:
-        self._pool = pool
-        self._batches = batches
-        self._queue = deque(range(len(batches)))
-        self._outcomes: dict[int, BatchOutcome] = {}
-        self._rounds = [0] * len(batches)
-        self._under_way: dict[Any, tuple[int, int]] = {}  # ref -> (worker, batch)
-        self._on_progress = on_progress
-        self._reported = 0
-        now_s = time.monotonic()
-        self._signs = [(-1, now_s) for _ in pool.workers]
-        self._pulses: dict[Any, int] = {}  # heartbeat ref -> worker
-        self._partial: dict[int, dict[int, int]] = {}
-        self._asked_pulse_s = now_s
-
-    def run(self) -> list[BatchOutcome]:
-        import ray
-
-        while self._queue or self._under_way:
-            self._feed()
-            ready, _ = ray.wait(list(self._under_way), num_returns=1, timeout=POLL_S)
-            for ref in ready:
-                self._collect(ref)
-            self._watch()
-            self._report()
-        return [self._outcomes[number] for number in range(len(self._batches))]
-
-    def _feed(self) -> None:
-        loads = [0] * len(self._pool.workers)
-        for worker, _ in self._under_way.values():
-            loads[worker] += 1
-        while self._queue and min(loads) < BATCHES_PER_WORKER:
-            worker = loads.index(min(loads))
-            number = self._queue.popleft()
-            ref = self._pool.workers[worker].work.remote(self._batches[number])
-            self._under_way[ref] = worker, number
-            loads[worker] += 1
-
-    def _collect(self, ref: Any) -> None:
-        import ray
-
-        worker, number = self._under_way.pop(ref)
-        try:
-            outcome: BatchOutcome = ray.get(ref, timeout=CALL_TIMEOUT_S)
-        except ray.exceptions.RayTaskError as error:
-            raise own_error(error) from None
-        except ray.exceptions.RayActorError as error:
-            raise ActorLostError(
-                f"feedback worker {worker} died more often than its {self._pool.max_restarts} restarts allow "
-                f"({_first_line(error)}); run the same command again, nothing recorded is lost"
-            ) from None
-        self._outcomes[number] = outcome
-        if outcome.num_failed and self._rounds[number] < self._pool.retry_rounds:
-            self._rounds[number] += 1
-            self._queue.append(number)
-
-    def _watch(self) -> None:
-        """Asks for heartbeats; kills (and Ray restarts) a worker that has shown no sign of life for too long."""
-        import ray
-
-        now_s = time.monotonic()
-        if self._pulses:
-            ready, _ = ray.wait(list(self._pulses), num_returns=len(self._pulses), timeout=0)
-            for ref in ready:
-                self._read_pulse(ref, now_s)
-        if not self._pulses and now_s - self._asked_pulse_s >= HEARTBEAT_EVERY_S:
-            self._asked_pulse_s = now_s
-            for index, worker in enumerate(self._pool.workers):
-                pulse = worker.heartbeat.options(concurrency_group="control").remote()
-                self._pulses[pulse] = index
-        busy = {worker for worker, _ in self._under_way.values()}
-        for index, (signs, since_s) in enumerate(self._signs):
-            if index not in busy:
-                self._signs[index] = signs, now_s
-            elif now_s - since_s > self._pool.stall_timeout_s:
-                ray.kill(self._pool.workers[index], no_restart=False)
-                self._signs[index] = -1, now_s
-                self._pulses = {ref: owner for ref, owner in self._pulses.items() if owner != index}
-
-    def _read_pulse(self, ref: Any, now_s: float) -> None:
-        import ray
-
-        index = self._pulses.pop(ref)
-        try:
-            pulse: Heartbeat = ray.get(ref, timeout=CALL_TIMEOUT_S)
-        except ray.exceptions.RayError:
-            return  # it is being restarted; its batch says when that fails
-        if pulse.signs_of_life != self._signs[index][0]:
-            self._signs[index] = pulse.signs_of_life, now_s
-        self._partial[index] = pulse.done
-
-    def _report(self) -> None:
-        done = sum(len(outcome.log_odds_N) for outcome in self._outcomes.values())
-        for worker, number in self._under_way.values():
-            if number not in self._outcomes:
-                done += self._partial.get(worker, {}).get(self._batches[number].index, 0)
-        if done > self._reported:
-            self._on_progress(done - self._reported)
-            self._reported = done
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

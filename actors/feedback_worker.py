@@ -14,16 +14,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.feedback.asking import AnswerLedger, BatchOutcome, BatchRunner
-from morlaif_ray.feedback.judges import build_client
+from morlaif_ray.feedback.breaker import News
+from morlaif_ray.feedback.headers import RateHints
+from morlaif_ray.feedback.judges import answer_tokens, build_feedback_client
 from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
 from morlaif_ray.feedback.permits import Limiter
 from morlaif_ray.feedback.prices import price_for_budget
+from morlaif_ray.feedback.prompting import prompter_for
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan
 from morlaif_ray.feedback.rate import Cost, Grant
 from morlaif_ray.feedback.retry import RetryPolicy
@@ -39,6 +42,8 @@ class Heartbeat:
     signs_of_life: int
     done: dict[int, int]
     """Batch index -> questions answered so far, for the batches under way."""
+    last_error: str = ""
+    """The last failed attempt in words, retried or not."""
 
 
 class RemoteLedger:
@@ -85,6 +90,9 @@ class RemoteLimiter:
 
     async def pause(self, wait_s: float) -> None:
         await _call(self._handle.pause, "rate limiter", self._timeout_s, wait_s)
+
+    async def report(self, news: News, hints: RateHints | None) -> None:
+        await _call(self._handle.report, "rate limiter", self._timeout_s, news, hints)
 
 
 async def _call(method: Any, who: str, timeout_s: float, *arguments: Any) -> Any:
@@ -135,13 +143,15 @@ class FeedbackWorker:
         if self._opened is None:
             feedback = self._feedback
             self._opened = BatchRunner(
-                build_client(feedback.judge, seed=self._seed),
+                build_feedback_client(feedback, seed=self._seed),
                 self._plan,
                 self._ledger,
                 policy=RetryPolicy(max_attempts=feedback.max_attempts),
-                price=price_for_budget(feedback.judge, feedback.budget_usd),
+                price=price_for_budget(feedback.judge, feedback.budget_usd, feedback.prices_file),
                 max_in_flight=feedback.max_in_flight,
                 limiter=self._limiter,
+                answer_tokens=partial(answer_tokens, feedback.judge),
+                head_tokens=prompter_for(feedback).head_tokens,
             )
         return self._opened
 
@@ -154,12 +164,23 @@ class FeedbackWorker:
     async def heartbeat(self) -> Heartbeat:
         if self._opened is None:
             return Heartbeat(0, {})
-        return Heartbeat(self._opened.signs_of_life, dict(self._opened.done))
+        runner = self._opened
+        return Heartbeat(runner.signs_of_life, dict(runner.done), runner.last_error)
+
+    async def stop(self) -> None:
+        """Lets what is in flight end and be recorded; batches under way then raise."""
+        if self._opened is not None:
+            self._opened.stop()
 
 
 def worker_cpus(feedback: FeedbackConfig) -> float:
-    """CPUs that one worker reserves: the embedded judge computes, an API client mostly waits."""
-    return 1.0 if feedback.judge.kind == "rules" else 0.5
+    """CPUs that one worker reserves: embedded and local judges compute, an API client mostly waits."""
+    return 1.0 if feedback.judge.kind in ("rules", "local") else 0.5
+
+
+def worker_gpus(feedback: FeedbackConfig) -> float:
+    """GPUs that one worker reserves: only a local judge has a use for one."""
+    return feedback.judge.gpus_per_worker if feedback.judge.kind == "local" else 0.0
 
 
 def spawn_feedback_worker(
@@ -177,7 +198,10 @@ def spawn_feedback_worker(
     # "control" runs beside the work, so a worker that waits for a provider still tells that it lives.
     remote = ray.remote(concurrency_groups={"control": 1})(FeedbackWorker)
     return remote.options(
-        num_cpus=worker_cpus(feedback), max_restarts=max_restarts, max_task_retries=max_restarts
+        num_cpus=worker_cpus(feedback),
+        num_gpus=worker_gpus(feedback),
+        max_restarts=max_restarts,
+        max_task_retries=max_restarts,
     ).remote(
         feedback,
         plan,

@@ -49,6 +49,9 @@ class LedgerWriter:
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, StoredAnswer]:
         return self._ledger.lookup(keys)
 
+    def recorded(self, keys: Sequence[bytes]) -> list[bool]:
+        return self._ledger.recorded(keys)
+
     def append(self, rows: Sequence[LedgerRow], failures: Sequence[FailureRow]) -> None:
         self._ledger.append(self._recipe.recipe, rows, failures)
 

@@ -17,13 +17,19 @@ torch holds. 1 GB = 2**30 bytes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from morlaif_ray.config.inputs import LoraConfig, ModelConfig, ScratchModel
+from morlaif_ray.config.judging import JudgeConfig, LocalJudge
 
 GB = float(2**30)
 CUDA_CONTEXT_GB = 1.0
 FRAGMENTATION = 1.10
+CLIENT_GB = 0.2
+"""An API client or the embedded judge."""
+JUDGED_GROUPS, JUDGED_LENGTH = 3, 4096
+"""A local judge's pass: prompts whose caches lie side by side, tokens of each where max_length says nothing."""
 PROCESS_GB = 0.3
 """A Python process with torch and transformers, before any weight (measured: 260 MB with torch, 450 MB with TRL)."""
 
@@ -138,6 +144,18 @@ def scoring_gb(
     """Memory of a process that scores texts with `num_models` models: their weights and one layer's activations."""
     activations = load.sequences * load.length * 17 * shape.width * shape.bytes_per_weight / GB
     return _with_overhead(num_models * weights_gb(shape) + activations, on_gpu)
+
+
+def judging_gb(judge: JudgeConfig) -> float:
+    """Memory of one feedback worker: a client's, or a local judge's with the caches of the pairs of one pass."""
+    if not isinstance(judge, LocalJudge):
+        return CLIENT_GB
+    dtype = "float32" if judge.dtype == "float32" else "bfloat16"  # float16 has as many bytes
+    shape = shape_of_hub_id(judge.model, dtype)
+    if shape is None:
+        return math.nan
+    load = Load(JUDGED_GROUPS, judge.max_length or JUDGED_LENGTH)
+    return generation_gb(shape, load, on_gpu=judge.gpus_per_worker > 0)
 
 
 def _with_overhead(held_gb: float, on_gpu: bool) -> float:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from actors.feedback_worker import worker_cpus, worker_gpus
 from actors.memory import (
     Load,
     ModelShape,
     generation_gb,
+    judging_gb,
     scoring_gb,
     shape_of,
     shape_of_hub_id,
@@ -236,15 +238,15 @@ def _pairs(config: Config) -> list[Bundle]:
 
 def _feedback(config: Config) -> list[Bundle]:
     feedback = config.feedback
-    cpus = 1.0 if feedback.judge.kind == "rules" else 0.5
+    gpus = worker_gpus(feedback)
     workers = Bundle(
         "2_feedback",
         "feedback worker",
         feedback.num_workers,
-        cpus,
-        0.0,
-        0.2,
-        "feedback.num_workers",
+        worker_cpus(feedback),
+        gpus,
+        judging_gb(feedback.judge),
+        "feedback.num_workers" if not gpus else "feedback.num_workers or judge.gpus_per_worker",
     )
     bundles = [
         workers,

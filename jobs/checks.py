@@ -13,7 +13,6 @@ from jobs.plan import available_for
 from morlaif_ray.artifacts import MANIFEST
 from morlaif_ray.config import Config
 from morlaif_ray.config.inputs import FileSource
-from morlaif_ray.errors import FeedbackError
 from morlaif_ray.principles import load_principles
 
 
@@ -21,6 +20,7 @@ def check_before_start(context: JobContext) -> None:
     """Raises the error that a later stage would raise after hours."""
     config = context.config
     _check_principles(config)
+    _check_prompt(config)
     if not context.path("0_sft", MANIFEST).is_file():
         _check_data_files(config)
     if not context.path("2_feedback", MANIFEST).is_file():
@@ -57,6 +57,13 @@ def _check_principles(config: Config) -> None:
         configured_weights(config.reward.weights, names)
 
 
+def _check_prompt(config: Config) -> None:
+    """Template, few-shot examples, tokenizer."""
+    from morlaif_ray.feedback.prompting import prompter_for
+
+    prompter_for(config.feedback)
+
+
 def _check_data_files(config: Config) -> None:
     from morlaif_ray.data.files import expand_paths
 
@@ -69,13 +76,15 @@ def _check_judge(config: Config) -> None:
     from morlaif_ray.feedback.prices import price_for_budget
 
     judge = config.feedback.judge
-    price_for_budget(judge, config.feedback.budget_usd)
-    if (
-        judge.kind == "openai"
-        and not remote_address(config)
-        and not os.environ.get(judge.api_key_env)
-    ):
-        raise FeedbackError(
-            f"environment variable {judge.api_key_env} is not set; put the judge's API key there (any text where "
-            f"the server wants none), or name another in feedback.judge.api_key_env"
-        )
+    price_for_budget(judge, config.feedback.budget_usd, config.feedback.prices_file)
+    if judge.kind == "local" and not remote_address(config):
+        from morlaif_ray.feedback.local_weights import model_version
+
+        model_version(judge)  # the folder is there and holds a model
+    # The batch judge asks from this process; the others ask from actors, on a cluster with its environment.
+    if judge.kind == "openai_batch" or (judge.kind == "openai" and not remote_address(config)):
+        from morlaif_ray.feedback.judges import key_names
+        from morlaif_ray.feedback.openai_client import key_from_environment
+
+        for name in key_names(judge):
+            key_from_environment(name)

@@ -36,6 +36,8 @@ JOBS: dict[str, tuple[str, str]] = {
     "evaluate": ("jobs.evaluate", "stage 6: win rates, scores, report"),
     "report": ("jobs.report", "rebuild the report of a finished run"),
 }
+# Not a job: it reads a run folder and starts nothing.
+TOOLS = {"feedback": "how a collection of feedback stands: `morlaif feedback status --run-dir DIR`"}
 ALIASES = {"sweep_scalarizers": "sweep", "run_all": "run"}
 
 EXAMPLES = """examples:
@@ -61,6 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
         _add_options(
             verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + "."), verb
         )
+    feedback = verbs.add_parser("feedback", help=TOOLS["feedback"], description=TOOLS["feedback"])
+    questions = feedback.add_subparsers(dest="question", metavar="QUESTION", required=True)
+    status = questions.add_parser(
+        "status", help="done, left, failed, spent, rate, time left, bias, agreement, errors"
+    )
+    status.add_argument(
+        "--run-dir", type=Path, metavar="DIR", required=True, help="the run's folder"
+    )
     return parser
 
 
@@ -92,9 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and not words[0].startswith("-"):
         words[0] = ALIASES.get(words[0].replace("-", "_"), words[0].replace("-", "_"))
-        if words[0] not in JOBS:
-            close = difflib.get_close_matches(words[0], JOBS, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"jobs: {', '.join(JOBS)}"
+        known = [*JOBS, *TOOLS]
+        if words[0] not in known:
+            close = difflib.get_close_matches(words[0], known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"jobs: {', '.join(known)}"
             print(f"error: no job '{words[0]}'; {hint}", file=sys.stderr)
             return 2
     options = build_parser().parse_args(words)
@@ -115,6 +126,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.job == "feedback":
+        from jobs.feedback_status import status_lines
+
+        print("\n".join(status_lines(options.run_dir)))
+        return 0
     from jobs.context import open_run
     from jobs.progress import Reporter
     from morlaif_ray.artifacts import explain_os_errors

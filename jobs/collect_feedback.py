@@ -7,12 +7,19 @@ Ctrl-C or a crash at any time: the same command goes on from the ledger and pays
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import shutil
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+from jobs.ask_judge import ask_judge
 from jobs.context import JobContext
+from jobs.select_pairs import select_pairs, selection_recipe
 from morlaif_ray.artifacts import (
-    canonical_json,
+    explain_os_errors,
     read_records,
     write_csv,
     write_json,
@@ -20,30 +27,27 @@ from morlaif_ray.artifacts import (
     write_table,
 )
 from morlaif_ray.errors import DataError
-from morlaif_ray.feedback.analysis import (
-    agreement_matrix,
-    correlation_matrix,
-    log_odds_table,
-    matrix_rows,
-    summarise,
-)
+from morlaif_ray.feedback.analysis import analysis_tables, summarise
 from morlaif_ray.feedback.asking import BatchOutcome
 from morlaif_ray.feedback.assembling import Assembled, assemble, check_missing
 from morlaif_ray.feedback.combining import CombineRule
-from morlaif_ray.feedback.judges import check_principles, judge_identity, recipe_of
+from morlaif_ray.feedback.joint import agreement_with_separate, check_sample
+from morlaif_ray.feedback.judges import check_principles, recipe_for
 from morlaif_ray.feedback.prices import price_for_budget
+from morlaif_ray.feedback.prompting import count_truncated
 from morlaif_ray.feedback.questions import (
+    GENERAL,
     PairBatch,
     QuestionPlan,
     plan_questions,
     random_assignment,
-    split_batches,
 )
-from morlaif_ray.feedback.template import DEFAULT_TEMPLATE
 from morlaif_ray.principles import load_principles
 from morlaif_ray.types import Judgement, ResponsePair
 
 STAGE = "2_feedback"
+ANSWERS = "answers.parquet"
+PROGRESS = ("logs", "feedback_progress.json")
 JUDGED_SPLITS = ("preference", "weights", "test")
 
 
@@ -53,26 +57,77 @@ def run(context: JobContext) -> None:
     principles = load_principles(feedback.principles, feedback.principles_dir)
     names = [principle.name for principle in principles]
     check_principles(feedback.judge, names)
-    price_for_budget(feedback.judge, feedback.budget_usd)
-    # The phrases are part of the recipe: an edited principle file makes the stage stale.
+    price_for_budget(feedback.judge, feedback.budget_usd, feedback.prices_file)
+    # What files say is part of the recipe: an edited principle or example makes the stage stale.
     phrases = {principle.name: principle.question for principle in principles}
-    stage = context.stage(
-        STAGE, sections=["feedback"], inputs=["1_pairs"], extra={"phrases": phrases}
-    )
+    extra = {"phrases": phrases, **selection_recipe(config)}
+    recipe = recipe_for(feedback, config.seed)
+    if isinstance(feedback.few_shot, Path) or feedback.tokenizer is not None:
+        extra["prompt"] = recipe
+    stage = context.stage(STAGE, sections=["feedback"], inputs=["1_pairs"], extra=extra)
     if stage.is_current():
         context.reporter.skipped(STAGE)
         return
     pairs = judgeable_pairs(context.path("1_pairs", "pairs.parquet"))
-    recipe = recipe_of(feedback.judge, config.seed)
-    plan = plan_questions(principles, orders=feedback.orders, seed=config.seed, recipe=recipe)
-    batches, outcomes = _ask(context, pairs, plan)
-    assignment = random_assignment(pairs, principles, config.seed)
+    plan = plan_questions(
+        principles,
+        orders=feedback.orders,
+        seed=config.seed,
+        recipe=recipe,
+        joint=feedback.joint,
+    )
     rule = CombineRule(feedback.tie_threshold, feedback.min_answer_mass)
-    assembled = assemble(plan, batches, outcomes, rule, assignment)
-    check_missing(assembled.judgements, feedback.max_missing_share)
+
+    def judge(asked: Sequence[ResponsePair]) -> tuple[Assembled, list[BatchOutcome]]:
+        batches, outcomes = _ask(context, asked, plan)
+        assignment = random_assignment(asked, principles, config.seed)
+        assembled = assemble(plan, batches, outcomes, rule, assignment)
+        check_missing(assembled.judgements, feedback.max_missing_share)
+        return assembled, outcomes
+
+    selection = select_pairs(context, stage, pairs, names, lambda some: judge(some)[0].judgements)
+    pairs = selection.pairs
+    assignment = random_assignment(pairs, principles, config.seed)
+    assembled, outcomes = judge(pairs)
+    extras: dict[str, Any] = {"num_truncated": count_truncated(feedback, pairs)}
+    if feedback.joint > 1:
+        extras["joint_agreement"], more = _check_joint(context, pairs, plan, rule, assembled)
+        outcomes = [*outcomes, *more]
+    extras |= discounts(outcomes)
     rows = {"judgements.parquet": len(assembled.judgements)}
     with stage.writing(rows) as folder:
-        write_stage(folder, pairs, assembled, outcomes, names, assignment)
+        write_stage(folder, pairs, assembled, outcomes, names, assignment, extras)
+        selection.write(folder)
+    shutil.rmtree(stage.work_dir, ignore_errors=True)
+    write_answers(context, {pair.pair_id for pair in pairs}, recipe)
+
+
+def discounts(outcomes: Sequence[BatchOutcome]) -> dict[str, float]:
+    """What `cost_usd` is already less: the provider's prompt cache and the Batch API, stated apart."""
+    cache_usd = math.fsum(outcome.cache_discount_usd for outcome in outcomes)
+    batch_usd = math.fsum(outcome.batch_discount_usd for outcome in outcomes)
+    return {
+        "cached_tokens": sum(outcome.cached_tokens for outcome in outcomes),
+        "cache_discount_usd": cache_usd,
+        "batch_discount_usd": batch_usd,
+    }
+
+
+def ledger_path(context: JobContext) -> Path:
+    """The ledger of this run: its own, or the shared one that the config names."""
+    path = context.config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")
+    return path.absolute()
+
+
+def write_answers(context: JobContext, pair_ids: Container[str], recipe: str) -> None:
+    """`answers.parquet` beside the judgements, outside the manifest: latencies differ between equal runs."""
+    from morlaif_ray.feedback.export import export_answers
+
+    target = context.path(STAGE, ANSWERS)
+    temporary = target.with_name(f".{ANSWERS}.partial")
+    with explain_os_errors(target):
+        export_answers(ledger_path(context), temporary, pair_ids, recipe)
+        temporary.replace(target)
 
 
 def judgeable_pairs(path: Path) -> list[ResponsePair]:
@@ -94,31 +149,29 @@ def judgeable_pairs(path: Path) -> list[ResponsePair]:
 def _ask(
     context: JobContext, pairs: Sequence[ResponsePair], plan: QuestionPlan
 ) -> tuple[list[PairBatch], list[BatchOutcome]]:
-    from actors.feedback_pool import QUESTIONS_PER_BATCH, FeedbackPool
-    from actors.ledger_writer import LedgerRecipe
-
-    config = context.config
-    batches = list(split_batches(pairs, plan, QUESTIONS_PER_BATCH))
-    ledger_path = config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")
-    identity = canonical_json(judge_identity(config.feedback.judge, config.seed))
-    context.connect()
-    pool = FeedbackPool(
-        config.feedback,
-        plan,
-        ledger_path.absolute(),
-        LedgerRecipe(plan.recipe, identity, DEFAULT_TEMPLATE),
-        seed=config.seed,
-        start_timeout_s=config.cluster.start_timeout_s,
+    return ask_judge(
+        context, pairs, plan, ledger_path(context), progress_path=context.path(*PROGRESS)
     )
-    with pool:
-        if pool.num_recorded_before:
-            context.reporter.line(
-                f"ledger: {pool.num_recorded_before} answers recorded before are not asked again"
-            )
-        total = len(pairs) * plan.per_pair
-        with context.reporter.task("AI feedback", total=total, unit="questions") as task:
-            outcomes = pool.answer(batches, task.advance)
-    return batches, outcomes
+
+
+def _check_joint(
+    context: JobContext,
+    pairs: Sequence[ResponsePair],
+    plan: QuestionPlan,
+    rule: CombineRule,
+    joint: Assembled,
+) -> tuple[dict[str, Any], list[BatchOutcome]]:
+    """Asks a sample of the pairs separately too, in both orders; what it says goes into the summary alone."""
+    config = context.config
+    sample = check_sample(pairs, config.feedback.joint_check_share, config.seed)
+    if not sample:
+        return agreement_with_separate([], [], 0), []
+    # "general" is asked alone in the main plan already: here it would be counted twice.
+    asked = tuple(entry for entry in plan.principles if entry[0] != GENERAL)
+    alone = replace(plan, principles=asked, joint=1, orders="both")
+    batches, outcomes = _ask(context, sample, alone)
+    separate = assemble(alone, batches, outcomes, rule, {})
+    return agreement_with_separate(joint.judgements, separate.judgements, len(sample)), outcomes
 
 
 def write_stage(
@@ -128,6 +181,7 @@ def write_stage(
     outcomes: Sequence[BatchOutcome],
     names: Sequence[str],
     assignment: dict[str, str],
+    extras: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """The files of `2_feedback/` as docs/artifacts.md describes them."""
     judgements = assembled.judgements
@@ -137,7 +191,6 @@ def write_stage(
         {"pair_id": list(assignment), "principle": list(assignment.values())},
     )
     summary = summarise(pairs, judgements, outcomes, assembled.position_bias, names)
-    write_json(folder / "summary.json", summary)
-    log_odds_PK, decided_PK = log_odds_table(judgements, names)
-    write_csv(folder / "agreement.csv", matrix_rows(agreement_matrix(decided_PK), names))
-    write_csv(folder / "correlation.csv", matrix_rows(correlation_matrix(log_odds_PK), names))
+    write_json(folder / "summary.json", {**summary, **extras})
+    for name, rows in analysis_tables(pairs, judgements, assembled.position_bias, names).items():
+        write_csv(folder / name, rows)

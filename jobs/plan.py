@@ -44,7 +44,9 @@ class Forecast:
 
     num_pairs: float
     questions_per_pair: int
-    tokens_per_question: float
+    requests_per_pair: int
+    """Fewer than the questions in joint mode."""
+    tokens_per_request: float
     cost_usd: float
     note: str
 
@@ -90,18 +92,33 @@ def _local_gpus() -> float:
 
 def forecast_feedback(config: Config) -> Forecast:
     """Questions, tokens and dollars of stage 2, from the data where they are at hand."""
-    from morlaif_ray.feedback.prices import estimate_tokens, price_of
+    from morlaif_ray.feedback.forecasting import forecast_pair
+    from morlaif_ray.feedback.prices import price_of
 
-    questions = num_principles(config) + 1  # and "general", the overall question
-    per_pair = questions * (2 if config.feedback.orders == "both" else 1)
     num_pairs, chars, note = _count_pairs(config)
-    tokens = estimate_tokens("x" * int(chars))
-    price = price_of(config.feedback.judge)
+    num_pairs = _selected(config, num_pairs)
+    pair = forecast_pair(config.feedback, num_principles(config), chars)
+    price = price_of(config.feedback.judge, config.feedback.prices_file)
     cost = math.nan
     if price is not None:
-        cost = price.cost_usd(num_pairs * per_pair * tokens, num_pairs * per_pair)
+        cost = price.cost_usd(num_pairs * pair.prompt_tokens, num_pairs * pair.completion_tokens)
         cost = 0.0 if price.prompt == price.completion == 0 else cost
-    return Forecast(num_pairs, per_pair, tokens, cost, note)
+    return Forecast(
+        num_pairs, pair.questions, pair.requests, pair.prompt_tokens / pair.requests, cost, note
+    )
+
+
+def _selected(config: Config, num_pairs: float) -> float:
+    """The pairs left by `feedback.select`, which concerns the split `preference` only (its share as configured)."""
+    from morlaif_ray.feedback.selection import num_selected
+
+    if config.feedback.select.kind == "all" or math.isnan(num_pairs):
+        return num_pairs
+    shares = config.data.splits
+    available = round(
+        num_pairs * shares.preference / (shares.preference + shares.weights + shares.test)
+    )
+    return num_pairs - available + num_selected(config.feedback.select, available)
 
 
 def _count_pairs(config: Config) -> tuple[float, float, str]:
@@ -207,8 +224,9 @@ def summary_lines(config: Config, plan: Plan, forecast: Forecast) -> list[str]:
     host = max(_host_gb(plan.of(phase)) for phase in plan.phases)
     lines.append(f"host memory of the processes without a GPU: about {host:.1f} GB at its peak")
     lines.append(
-        f"judgements: {_count(forecast.num_questions)} questions of about {forecast.tokens_per_question:.0f} tokens "
-        f"({forecast.note})"
+        f"judgements: {_count(forecast.num_questions)} questions in "
+        f"{_count(forecast.num_pairs * forecast.requests_per_pair)} requests of about "
+        f"{forecast.tokens_per_request:.0f} tokens ({forecast.note})"
     )
     lines.append(_cost_line(config, forecast))
     return lines
@@ -216,7 +234,7 @@ def summary_lines(config: Config, plan: Plan, forecast: Forecast) -> list[str]:
 
 def _cost_line(config: Config, forecast: Forecast) -> str:
     judge = config.feedback.judge
-    if judge.kind == "rules":
+    if judge.kind != "openai" and judge.kind != "openai_batch":
         return "cost of the judge: $0 (embedded)"
     if math.isnan(forecast.cost_usd):
         reason = (
@@ -225,7 +243,13 @@ def _cost_line(config: Config, forecast: Forecast) -> str:
             else f"the price of '{judge.model}' is not known"
         )
         return f"cost of the judge: unknown ({reason})"
-    line = f"cost of the judge: about ${forecast.cost_usd:,.2f} ({judge.model}, list price, no discounts)"
+    from morlaif_ray.feedback.prices import prices_as_of
+
+    batch = "Batch API price" if judge.kind == "openai_batch" else "list price"
+    line = (
+        f"cost of the judge: about ${forecast.cost_usd:,.2f} ({judge.model}, {batch} of "
+        f"{prices_as_of(config.feedback.prices_file)}, prompt-cache discount not counted)"
+    )
     budget = config.feedback.budget_usd
     if budget is not None and forecast.cost_usd > budget:
         line += f"; MORE than feedback.budget_usd ({budget:g}): the stage would stop there"

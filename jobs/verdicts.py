@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from jobs.context import JobContext
-from morlaif_ray.artifacts import canonical_json
 from morlaif_ray.seeding import stable_hash
 from morlaif_ray.types import FloatArray, ResponsePair
 
@@ -50,14 +49,12 @@ def judge_verdicts(
     context: JobContext, responses: dict[str, list[Any]], pairs: Sequence[tuple[str, str]]
 ) -> list[Verdicts]:
     """Asks the judge of section `feedback` which response is better overall; answers are kept in the run's ledger."""
-    from actors.feedback_pool import QUESTIONS_PER_BATCH, FeedbackPool
-    from actors.ledger_writer import LedgerRecipe
-    from morlaif_ray.feedback.judges import judge_identity, recipe_of
-    from morlaif_ray.feedback.questions import plan_questions, split_batches
-    from morlaif_ray.feedback.template import DEFAULT_TEMPLATE
+    from jobs.ask_judge import ask_judge
+    from morlaif_ray.feedback.judges import recipe_for
+    from morlaif_ray.feedback.questions import plan_questions
 
     config = context.config
-    recipe = recipe_of(config.feedback.judge, config.seed)
+    recipe = recipe_for(config.feedback, config.seed)
     plan = plan_questions([], orders="both", seed=config.seed, recipe=recipe)
     owners = responses["policy"]
     names = {name for pair in pairs for name in pair}
@@ -69,26 +66,10 @@ def judge_verdicts(
     ]
     # Equal responses are a tie without a question.
     asked = {duel.pair_id: duel for _, _, duel in duels if duel.response_a != duel.response_b}
-    batches = list(split_batches(list(asked.values()), plan, QUESTIONS_PER_BATCH))
-    pool = FeedbackPool(
-        config.feedback,
-        plan,
-        (config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")).absolute(),
-        LedgerRecipe(
-            recipe,
-            canonical_json(judge_identity(config.feedback.judge, config.seed)),
-            DEFAULT_TEMPLATE,
-        ),
-        seed=config.seed,
-        start_timeout_s=config.cluster.start_timeout_s,
+    ledger_path = config.feedback.ledger_path or context.path("ledger", "feedback.sqlite")
+    batches, outcomes = ask_judge(
+        context, list(asked.values()), plan, ledger_path.absolute(), title="win rates"
     )
-    with (
-        pool,
-        context.reporter.task(
-            "win rates", total=len(asked) * plan.per_pair, unit="questions"
-        ) as task,
-    ):
-        outcomes = pool.answer(batches, task.advance)
     answers: dict[str, tuple[float, float]] = {}
     for batch, outcome in zip(batches, outcomes, strict=True):
         for number, pair in enumerate(batch.pairs):

@@ -40,6 +40,8 @@ TEXT_COLUMNS = frozenset(
         "principle",
         "parameter",
         "trial",
+        "other",
+        "strategy",
     ]
 )
 READ_STAGES = tuple(sorted({*STAGES, "4_sweep"} - {EVALUATION}))
@@ -100,6 +102,12 @@ class RunTables:
     pair_metrics: Row = field(default_factory=dict)
     feedback: Row = field(default_factory=dict)
     agreement: list[Row] = field(default_factory=list)
+    correlation: list[Row] = field(default_factory=list)
+    matrix_intervals: list[Row] = field(default_factory=list)
+    position_bias: list[Row] = field(default_factory=list)
+    calibration: list[Row] = field(default_factory=list)
+    learning_curve: list[Row] = field(default_factory=list)
+    """Accuracy against the number of judged pairs, where `benchmarks.active_selection` left it in the run folder."""
     panel: Row = field(default_factory=dict)
     pm_training: list[Row] = field(default_factory=list)
     pm_accuracy: list[Row] = field(default_factory=list)
@@ -207,6 +215,11 @@ def read_run(run_dir: Path, evaluation_dir: Path) -> RunTables:
         "pair_metrics": reader.json("1_pairs/metrics.json"),
         "feedback": reader.json("2_feedback/summary.json"),
         "agreement": reader.csv("2_feedback/agreement.csv"),
+        "correlation": reader.csv("2_feedback/correlation.csv"),
+        "matrix_intervals": reader.csv("2_feedback/matrix_intervals.csv"),
+        "position_bias": reader.csv("2_feedback/position_bias.csv"),
+        "calibration": reader.csv("2_feedback/calibration.csv"),
+        "learning_curve": reader.extra_csv("learning_curve.csv"),
         "panel": reader.json("3_preference_models/panel.json"),
         "pm_training": reader.csv("3_preference_models/training.csv"),
         "pm_accuracy": reader.csv("3_preference_models/accuracy.csv"),
@@ -256,6 +269,11 @@ class _Reader:
     def csv(self, relative: str) -> list[Row]:
         path = self._path(relative)
         return [] if path is None else read_csv(path)
+
+    def extra_csv(self, relative: str) -> list[Row]:
+        """A table that a run need not have: its absence is not listed."""
+        path = self.run_dir / relative
+        return read_csv(path) if path.is_file() else []
 
     def parquet(self, relative: str) -> Columns:
         path = self._path(relative)

@@ -6,10 +6,14 @@
 | --- | --- |
 | `client` | the border: `FeedbackClient`, `Question`, `RawAnswer`, `AttemptError` |
 | `judges` | which judges there are: `rules_client` (`measures`, `lexicons`), `openai_client` |
-| `template` | the prompt: conversation first, principle last |
+| `prompting` | the messages of a question: `template` (principle last), `fewshot`, `truncation` |
+| `openai_requests` | bodies out, answers in, for the live and the batch judge; `openai_errors`, `endpoints` |
+| `openai_batch` | the Batch API: `batch_files` (pure), `batch_journal` (on disk), `batch_provider` (I/O) |
+| `joint` | several principles in one request; `forecasting`: what a pair will cost |
 | `questions` | which questions there are, content keys, batches |
-| `asking` | the answering loop of a worker; `permits`, `rate`, `retry`, `prices` decide for it |
-| `ledger` | the durable store of answers |
+| `asking` | the answering loop; `permits`, `rate`, `breaker`, `concurrency`, `retry`, `prices` decide for it |
+| `ledger`, `ledger_schema`, `recording` | the durable store of answers, and the way into it |
+| `status`, `export` | the ledger read beside its writer: for people, and as Parquet |
 | `parsing`, `combining`, `assembling` | from log-probabilities to debiased judgements |
 | `analysis` | agreement, correlation, position bias, people |
 

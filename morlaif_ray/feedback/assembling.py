@@ -15,13 +15,14 @@ from morlaif_ray.feedback.combining import (
     combine_single,
     fit_position_bias,
 )
+from morlaif_ray.feedback.judgement_table import JudgementTable
 from morlaif_ray.feedback.questions import RANDOM, PairBatch, QuestionPlan
 from morlaif_ray.types import Judgement, Order
 
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    judgements: list[Judgement]
+    judgements: JudgementTable
     """Per pair: the K principles, "general", then "random"."""
     position_bias: dict[str, float]
     """Fitted bias (nats) per question where only one order was asked; empty where both were."""
@@ -61,13 +62,13 @@ def assemble(
     bias = {
         name: fit_position_bias(name, by_column[column], rule) for column, name in enumerate(names)
     }
-    judgements: list[Judgement] = []
+    judgements = JudgementTable()
     for pair_id, entries in answered:
         found = [
             combine_single(pair_id, names[column], order, answer, bias[names[column]], rule)
             for (column, order), answer in entries
         ]
-        judgements += _with_random(found, assignment.get(pair_id))
+        judgements.extend(_with_random(found, assignment.get(pair_id)))
     return Assembled(judgements, bias)
 
 
@@ -77,9 +78,9 @@ def _both(
     outcomes: Sequence[BatchOutcome],
     rule: CombineRule,
     assignment: Mapping[str, str],
-) -> list[Judgement]:
+) -> JudgementTable:
     names = [name for name, _ in plan.principles]
-    judgements: list[Judgement] = []
+    judgements = JudgementTable()
     for batch, outcome in zip(batches, outcomes, strict=True):
         for number, pair in enumerate(batch.pairs):
             answers = _answers(outcome, plan, number)
@@ -89,7 +90,7 @@ def _both(
                 )
                 for column, name in enumerate(names)
             ]
-            judgements += _with_random(found, assignment.get(pair.pair_id))
+            judgements.extend(_with_random(found, assignment.get(pair.pair_id)))
     return judgements
 
 
@@ -118,14 +119,19 @@ def _answers(outcome: BatchOutcome, plan: QuestionPlan, number: int) -> list[Ans
 
 def check_missing(judgements: Sequence[Judgement], max_missing_share: float) -> None:
     """FeedbackError naming the most frequent reasons where more than the allowed share is unusable or failed."""
-    asked = [entry for entry in judgements if entry.principle != RANDOM]
-    missing = [entry for entry in asked if entry.status in ("unusable", "failed")]
-    if len(missing) <= max_missing_share * len(asked):
+    asked, reasons = 0, Counter[str]()
+    for entry in judgements:
+        if entry.principle == RANDOM:
+            continue
+        asked += 1
+        if entry.status in ("unusable", "failed"):
+            reasons[entry.reason.split(": ", 1)[-1]] += 1
+    missing = reasons.total()
+    if missing <= max_missing_share * asked:
         return
-    reasons = Counter(entry.reason.split(": ", 1)[-1] for entry in missing)
     worst = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
     raise FeedbackError(
-        f"{len(missing)} of {len(asked)} judgements are missing ({len(missing) / len(asked):.1%}, allowed "
+        f"{missing} of {asked} judgements are missing ({missing / asked:.1%}, allowed "
         f"{max_missing_share:.1%}): {worst}; answers so far are in the ledger: mend the judge and run again, or raise "
         f"feedback.max_missing_share"
     )

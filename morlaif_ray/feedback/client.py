@@ -8,9 +8,9 @@ whose only token is A or B, so that one path of parsing, debiasing and storing s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from morlaif_ray.types import Order
 
@@ -44,6 +44,8 @@ class Question:
     """ "ab": `first` is the pair's response_a; "ba": it is response_b."""
     key: bytes
     """Content hash (16 bytes) of everything that decides the answer; see `questions.question_key`."""
+    members: tuple[Question, ...] = ()
+    """Joint mode: the questions that this one request answers; empty for an ordinary question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,12 @@ class RawAnswer:
     completion_tokens: int
     refusal: str = ""
     """The provider's refusal text; empty when it did not refuse."""
+    cached_tokens: int = 0
+    """Those of the prompt tokens that the provider reports as served from its prefix cache."""
+    problem: str = ""
+    """Why the client found no answer in what came back; empty when it found one."""
+    parts: tuple[RawAnswer, ...] = ()
+    """Joint mode: one answer per member of the question, the request's tokens all on the first."""
 
 
 class FeedbackClient(Protocol):
@@ -69,6 +77,20 @@ class FeedbackClient(Protocol):
 
     async def close(self) -> None:
         """Frees connections; the client is not used afterwards."""
+        ...
+
+
+@runtime_checkable
+class AsksMany(Protocol):
+    """What a client may offer besides: many questions in one call, which share work (`local_client`)."""
+
+    @property
+    def questions_per_call(self) -> int:
+        """As many as one call does well with."""
+        ...
+
+    async def ask_many(self, questions: Sequence[Question]) -> list[RawAnswer | AttemptError]:
+        """One entry per question, in order; AttemptError for those that cannot be asked."""
         ...
 
 

@@ -1,7 +1,8 @@
 """Which judges there are: one explicit dict, one builder, one identity per judge.
 
-build_client(config.feedback.judge, seed=...) -> FeedbackClient
-recipe_of(judge, seed, template) -> hash that goes into every ledger key
+build_feedback_client(config.feedback, seed=...) -> FeedbackClient with the config's template, examples, truncation
+recipe_for(config.feedback, seed)               -> hash that goes into every ledger key
+build_client(judge, seed=...), recipe_of(judge, seed): the same with the shipped template alone
 """
 
 from __future__ import annotations
@@ -10,18 +11,28 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from morlaif_ray.artifacts import canonical_json
-from morlaif_ray.config.judging import JudgeConfig, OpenAIJudge, RulesJudge
+from morlaif_ray.config.judging import (
+    FeedbackConfig,
+    JudgeConfig,
+    LocalJudge,
+    OpenAIBatchJudge,
+    OpenAIJudge,
+    RulesJudge,
+)
 from morlaif_ray.errors import PrincipleError
-from morlaif_ray.feedback.client import FeedbackClient
+from morlaif_ray.feedback.client import FeedbackClient, Question
+from morlaif_ray.feedback.local_weights import model_version
+from morlaif_ray.feedback.prompting import Prompter, build_prompter, prompter_for
 from morlaif_ray.feedback.questions import GENERAL
-from morlaif_ray.feedback.template import DEFAULT_TEMPLATE, check_template
 from morlaif_ray.seeding import stable_hash
 
 RULES_VERSION = 1
 """Raised whenever the rules judge would answer differently, so that old answers are not reused."""
+LOCAL_VERSION = 1
+"""The same for the local judge: its answer cue, its letters, its chat options."""
 
 
-def _build_rules(judge: Any, seed: int, template: str) -> FeedbackClient:
+def _build_rules(judge: Any, seed: int, prompter: Prompter) -> FeedbackClient:
     assert isinstance(judge, RulesJudge)
     from morlaif_ray.feedback.rules_client import LogOdds, RulesClient, pair_noise
 
@@ -48,36 +59,95 @@ def _build_rules(judge: Any, seed: int, template: str) -> FeedbackClient:
     )
 
 
-def _build_openai(judge: Any, seed: int, template: str) -> FeedbackClient:
-    assert isinstance(judge, OpenAIJudge)
+def _build_openai(judge: Any, seed: int, prompter: Prompter) -> FeedbackClient:
+    assert isinstance(judge, OpenAIJudge | OpenAIBatchJudge)
     from morlaif_ray.feedback.openai_client import OpenAIClient
 
-    return OpenAIClient(judge, template)
+    return OpenAIClient(judge, prompter, seed)
 
 
-JUDGES: dict[str, Callable[[Any, int, str], FeedbackClient]] = {
+def _build_local(judge: Any, seed: int, prompter: Prompter) -> FeedbackClient:
+    assert isinstance(judge, LocalJudge)
+    from morlaif_ray.feedback.local_client import LocalClient
+
+    return LocalClient(judge, prompter)
+
+
+JUDGES: dict[str, Callable[[Any, int, Prompter], FeedbackClient]] = {
     "rules": _build_rules,
     "openai": _build_openai,
+    # The few questions of an evaluation are asked one by one; stage 2 goes through `openai_batch.BatchCollector`.
+    "openai_batch": _build_openai,
+    "local": _build_local,
 }
 
 
-def build_client(
-    judge: JudgeConfig, *, seed: int, template: str = DEFAULT_TEMPLATE
-) -> FeedbackClient:
-    """The judge of a config. FeedbackError where its key is missing, ConfigError where the template is wrong."""
-    check_template(template)
-    return JUDGES[judge.kind](judge, seed, template)
+def build_client(judge: JudgeConfig, *, seed: int, template: str | None = None) -> FeedbackClient:
+    """The judge alone. FeedbackError where its key is missing, ConfigError where the template is wrong."""
+    return JUDGES[judge.kind](judge, seed, build_prompter(judge, template))
+
+
+def build_feedback_client(feedback: FeedbackConfig, *, seed: int) -> FeedbackClient:
+    """The judge as section `feedback` wants it asked. Errors as in `build_client`."""
+    return JUDGES[feedback.judge.kind](feedback.judge, seed, prompter_for(feedback))
+
+
+_OPERATIONAL = ("api_key_env", "request_timeout_s", "endpoints", "max_tokens_field")
+_LOCAL_ANSWERS = ("kind", "dtype", "max_length")
+_BATCHING = ("max_requests_per_file", "max_file_mb", "max_open_batches", "poll_s", "price_factor")
+_LATER_FIELDS = ("reasoning", "answer", "temperature")
+"""Left out at their defaults, so that answers paid before these fields existed are found again."""
 
 
 def judge_identity(judge: JudgeConfig, seed: int) -> dict[str, Any]:
-    """Everything about a judge that can change its answers; never a key, never a time-out."""
+    """Everything about a judge that can change its answers; never a key, never a time-out.
+
+    `openai` and `openai_batch` of one model are one judge: a run begun with one may end with the other.
+    """
     if isinstance(judge, RulesJudge):
         return {**judge.model_dump(mode="json"), "seed": seed, "version": RULES_VERSION}
-    return judge.model_dump(mode="json", exclude={"api_key_env", "request_timeout_s"})
+    if isinstance(judge, LocalJudge):
+        # By content, not by path: weights trained anew in the same folder are another judge.
+        answers = {"model": model_version(judge), "version": LOCAL_VERSION}
+        return {**judge.model_dump(mode="json", include=set(_LOCAL_ANSWERS)), **answers}
+    identity = judge.model_dump(mode="json", exclude={*_OPERATIONAL, *_BATCHING})
+    if not isinstance(judge, OpenAIJudge | OpenAIBatchJudge):
+        return identity
+    identity["kind"] = "openai"
+    for name in _LATER_FIELDS:
+        if identity[name] == type(judge).model_fields[name].default:
+            del identity[name]
+    if isinstance(judge, OpenAIJudge) and judge.endpoints:
+        identity["base_url"] = judge.endpoints[0].base_url
+    return identity
 
 
-def recipe_of(judge: JudgeConfig, seed: int, template: str = DEFAULT_TEMPLATE) -> str:
-    return stable_hash(canonical_json(judge_identity(judge, seed)), template)
+def recipe_of(judge: JudgeConfig, seed: int, template: str | None = None) -> str:
+    return _recipe(judge, seed, build_prompter(judge, template))
+
+
+def recipe_for(feedback: FeedbackConfig, seed: int) -> str:
+    return _recipe(feedback.judge, seed, prompter_for(feedback))
+
+
+def _recipe(judge: JudgeConfig, seed: int, prompter: Prompter) -> str:
+    return stable_hash(canonical_json(judge_identity(judge, seed)), prompter.describe())
+
+
+def key_names(judge: JudgeConfig) -> list[str]:
+    """The environment variables that must hold a key."""
+    if isinstance(judge, OpenAIJudge) and judge.endpoints:
+        return [endpoint.api_key_env for endpoint in judge.endpoints]
+    return [judge.api_key_env] if isinstance(judge, OpenAIJudge | OpenAIBatchJudge) else []
+
+
+def answer_tokens(judge: JudgeConfig, question: Question) -> float:
+    """The most tokens that the answer may have, for a budget that must not be overspent."""
+    if not isinstance(judge, OpenAIJudge | OpenAIBatchJudge):
+        return 1.0
+    from morlaif_ray.feedback.openai_requests import max_answer_tokens
+
+    return float(max_answer_tokens(judge, question))
 
 
 def check_principles(judge: JudgeConfig, names: Iterable[str]) -> None:

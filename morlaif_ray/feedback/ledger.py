@@ -22,24 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from morlaif_ray.errors import FeedbackError
+from morlaif_ray.feedback.ledger_schema import Totals, prepare, read_totals
 
-SCHEMA_VERSION = 1
 LOOKUP_CHUNK = 1000
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS recipes (
-    id INTEGER PRIMARY KEY, recipe TEXT UNIQUE NOT NULL, judge TEXT NOT NULL, template TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS answers (
-    key BLOB PRIMARY KEY, pair_id TEXT NOT NULL, principle TEXT NOT NULL, slot TEXT NOT NULL,
-    log_odds REAL, mass REAL NOT NULL, reason TEXT NOT NULL, logprobs TEXT NOT NULL, model TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL,
-    latency_s REAL NOT NULL, attempts INTEGER NOT NULL, recipe INTEGER NOT NULL, created_s REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS failures (
-    key BLOB PRIMARY KEY, pair_id TEXT NOT NULL, principle TEXT NOT NULL, slot TEXT NOT NULL,
-    error TEXT NOT NULL, attempts INTEGER NOT NULL, created_s REAL NOT NULL
-) WITHOUT ROWID;
-"""
 
 
 class LedgerRow(NamedTuple):
@@ -61,6 +46,11 @@ class LedgerRow(NamedTuple):
     cost_usd: float
     latency_s: float
     attempts: int
+    cached_tokens: int = 0
+    """Prompt tokens that the provider served from its prefix cache."""
+    cache_discount_usd: float = 0.0
+    """What the prompt cache took off the list price; `cost_usd` is after both discounts."""
+    batch_discount_usd: float = 0.0
 
 
 class FailureRow(NamedTuple):
@@ -84,6 +74,9 @@ class StoredAnswer(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cost_usd: float
+    cached_tokens: int = 0
+    cache_discount_usd: float = 0.0
+    batch_discount_usd: float = 0.0
 
 
 class Ledger:
@@ -100,9 +93,7 @@ class Ledger:
                 os.close(self._lock)
                 raise
         self._recipes: dict[str, int] = dict(self._db.execute("SELECT recipe, id FROM recipes"))
-        self._spent_usd: float = self._db.execute("SELECT total(cost_usd) FROM answers").fetchone()[
-            0
-        ]
+        self._totals = read_totals(self._db)
 
     def close(self) -> None:
         """Folds the write-ahead log into the file and lets the next run in."""
@@ -129,13 +120,23 @@ class Ledger:
                 chunk = keys[start : start + LOOKUP_CHUNK]
                 marks = ",".join("?" * len(chunk))
                 cursor = self._db.execute(
-                    "SELECT key, log_odds, mass, reason, model, prompt_tokens, completion_tokens, cost_usd "
-                    f"FROM answers WHERE key IN ({marks})",
+                    f"SELECT key, {', '.join(StoredAnswer._fields)} FROM answers WHERE key IN ({marks})",
                     chunk,
                 )
                 for key, log_odds, *rest in cursor:
                     found[key] = StoredAnswer(nan if log_odds is None else log_odds, *rest)
         return found
+
+    def recorded(self, keys: Sequence[bytes]) -> list[bool]:
+        """Whether each of `keys` has an answer."""
+        known: set[bytes] = set()
+        with _explain(self.path):
+            for start in range(0, len(keys), LOOKUP_CHUNK):
+                chunk = keys[start : start + LOOKUP_CHUNK]
+                marks = ",".join("?" * len(chunk))
+                found = self._db.execute(f"SELECT key FROM answers WHERE key IN ({marks})", chunk)
+                known.update(key for (key,) in found)
+        return [key in known for key in keys]
 
     def append(
         self, recipe: str, rows: Sequence[LedgerRow], failures: Sequence[FailureRow] = ()
@@ -143,28 +144,36 @@ class Ledger:
         """Commits all of it or nothing. Repeating a call changes nothing (a re-sent batch is harmless)."""
         recipe_id = self._recipes[recipe]
         now = time.time()
-        with _explain(self.path), self._db:
-            paid = self._new_cost(rows)
-            self._db.executemany(
-                f"INSERT OR IGNORE INTO answers VALUES ({','.join('?' * 14)},{recipe_id},{now!r})",
-                rows,
-            )
-            self._db.executemany(
-                f"INSERT OR REPLACE INTO failures VALUES ({','.join('?' * 6)},{now!r})", failures
-            )
-            if rows and self._has_failures():
-                self._db.executemany(
-                    "DELETE FROM failures WHERE key = ?", [(row.key,) for row in rows]
+        with _explain(self.path):
+            with self._db:
+                fresh = self._unrecorded(rows)
+                self._db.executemany(_INSERT, [(*row, recipe_id, now) for row in fresh])
+                totals = self._totals.plus(
+                    len(fresh), *(sum(column) for column in zip(*map(_amounts, fresh), strict=True))
                 )
-        self._spent_usd += paid
+                if fresh:
+                    self._db.execute(_UPDATE_TOTALS, totals)
+                self._db.executemany(
+                    f"INSERT OR REPLACE INTO failures VALUES ({','.join('?' * 6)},{now!r})",
+                    failures,
+                )
+                if rows and self._has_failures():
+                    self._db.executemany(
+                        "DELETE FROM failures WHERE key = ?", [(row.key,) for row in rows]
+                    )
+            self._totals = totals
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over everything that this ledger has ever recorded, over all runs that shared it."""
+        return self._totals
 
     @property
     def spent_usd(self) -> float:
-        """Everything that this ledger has ever recorded, over all runs that shared it."""
-        return self._spent_usd
+        return self._totals.cost_usd
 
     def num_answers(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM answers").fetchone()[0])
+        return self._totals.answers
 
     def failures(self) -> list[tuple[str, int]]:
         """(error, how often) of the questions without an answer, most frequent first."""
@@ -176,31 +185,38 @@ class Ledger:
     def _has_failures(self) -> bool:
         return self._db.execute("SELECT 1 FROM failures LIMIT 1").fetchone() is not None
 
-    def _new_cost(self, rows: Sequence[LedgerRow]) -> float:
-        """Cost of the rows that are not recorded yet; free judges skip the look-up."""
-        paid = [row for row in rows if row.cost_usd]
-        if not paid:
-            return 0.0
-        known = self.lookup([row.key for row in paid])
-        return sum(row.cost_usd for row in paid if row.key not in known)
+    def _unrecorded(self, rows: Sequence[LedgerRow]) -> list[LedgerRow]:
+        """The rows whose keys are new, each key once: a batch sent again is neither stored nor paid again."""
+        by_key = {row.key: row for row in reversed(rows)}
+        keys = list(by_key)
+        for key, known in zip(keys, self.recorded(keys), strict=True):
+            if known:
+                del by_key[key]
+        return [by_key[row.key] for row in rows if by_key.get(row.key) is row]
+
+
+_COLUMNS = (*LedgerRow._fields, "recipe", "created_s")
+_INSERT = f"INSERT INTO answers ({','.join(_COLUMNS)}) VALUES ({','.join('?' * len(_COLUMNS))})"
+_UPDATE_TOTALS = f"UPDATE totals SET {', '.join(f'{name} = ?' for name in Totals._fields)}"
+
+
+def _amounts(row: LedgerRow) -> tuple[float, ...]:
+    """What of a row goes into the totals, in the order of `Totals` after `answers`."""
+    return (
+        row.prompt_tokens,
+        row.completion_tokens,
+        row.cached_tokens,
+        row.cost_usd,
+        row.cache_discount_usd,
+        row.batch_discount_usd,
+    )
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     # The writer actor's methods may run on another thread than its constructor; calls never overlap.
     db = sqlite3.connect(path, check_same_thread=False, timeout=30.0)
     try:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise FeedbackError(
-                f"{path}: ledger of a newer version ({version}, this program knows {SCHEMA_VERSION}); "
-                f"update morlaif-ray or choose another feedback.ledger_path"
-            )
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute(
-            "PRAGMA synchronous=FULL"
-        )  # a commit survives a power cut: the rows have been paid for
-        db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        prepare(db, path)
     except BaseException:
         db.close()
         raise

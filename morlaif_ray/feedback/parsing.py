@@ -1,12 +1,16 @@
-"""From the first token's log-probabilities to log-odds of A over B.
+"""From the answer token's log-probabilities to log-odds of A over B.
 
-A judge spreads its answer over spellings ("A", " A", "(A", "a"); their probabilities are summed. Nothing is guessed: an
-answer that does not name both letters has no log-odds, only a reason (ALGORITHMS.md section 1).
+The answer token is the first one or, after reasoning, the letter of the last answer marker. A judge spreads its answer
+over spellings ("A", " A", "(A", "a"); their probabilities are summed. Nothing is guessed: an answer that does not name
+both letters has no log-odds, only a reason (ALGORITHMS.md section 1).
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +19,15 @@ from morlaif_ray.feedback.client import RawAnswer
 NAN = float("nan")
 ABSENT_LOGPROB = -1000.0
 """Some providers write -9999 for a token that was not among the top ones; that is absence, not a probability."""
+
+HARD_LOG_ODDS = 2.0
+"""Nats that a bare A or B counts for, where a judge gives no log-probabilities: "right in 88 of 100 cases"."""
+
+# A lower-case "a" is an article unless nothing follows it on its line.
+_LETTER = r"([AB](?!\w)|[ab](?=[^\w\n]*$))"
+_MARKER = re.compile(
+    rf"(?i:answer)[^\w\n]*:\W*{_LETTER}|(?i:answer\s+is)[^\w\n]*{_LETTER}", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +58,8 @@ def parse_answer(answer: RawAnswer) -> ParsedAnswer:
     """Sums the spellings of each letter by log-sum-exp. Never raises: what cannot be read carries a reason."""
     if answer.refusal:
         return ParsedAnswer(NAN, 0.0, "the judge refused")
+    if answer.problem:
+        return ParsedAnswer(NAN, 0.0, answer.problem)
     if not answer.top_logprobs:
         return ParsedAnswer(NAN, 0.0, "no log-probabilities in the answer")
     sum_a = sum_b = 0.0
@@ -64,3 +79,44 @@ def parse_answer(answer: RawAnswer) -> ParsedAnswer:
         return ParsedAnswer(NAN, 0.0, "neither A nor B among the top tokens")
     missing = "A" if sum_a == 0.0 else "B"
     return ParsedAnswer(NAN, mass, f"{missing} is not among the top tokens")
+
+
+def hard_logprobs(letter: str) -> dict[str, float]:
+    """Log-probabilities whose log-odds are +-HARD_LOG_ODDS, for an answer that is only a letter."""
+    chosen = -math.log1p(math.exp(-HARD_LOG_ODDS))
+    other = "B" if letter == "A" else "A"
+    return {letter: chosen, other: chosen - HARD_LOG_ODDS}
+
+
+def final_answer_token(tokens: Sequence[str]) -> int | None:
+    """Index of the token that holds the letter of the last answer marker ("Answer: B"); None without a marker.
+
+    `tokens` are the texts of the generated tokens in order.
+    """
+    matches = list(_MARKER.finditer("".join(tokens)))
+    if not matches:
+        return None
+    last = matches[-1]
+    place = last.start(1) if last.group(1) else last.start(2)
+    end = 0
+    for index, token in enumerate(tokens):
+        end += len(token)
+        if place < end:
+            return index
+    return None
+
+
+def read_letters(content: str, names: Sequence[str]) -> tuple[dict[str, str], str]:
+    """({name: "A" or "B"}, problem) from a JSON object; names without a letter are absent from the first."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}, "the answer is not the JSON object asked for"
+    if not isinstance(found, dict):
+        return {}, "the answer is not the JSON object asked for"
+    letters = {
+        name: letter_of(found[name])
+        for name in names
+        if isinstance(found.get(name), str) and letter_of(found[name])
+    }
+    return letters, ""

@@ -9,11 +9,12 @@ Positions in a file never enter, so a shuffled, cut or extended data set finds i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from morlaif_ray.feedback.client import Question
+from morlaif_ray.feedback.joint import column_recipes, joint_groups
 from morlaif_ray.principles import Principle
 from morlaif_ray.seeding import derive_seed, stable_hash, unit_interval
 from morlaif_ray.types import Order, ResponsePair
@@ -22,6 +23,8 @@ GENERAL = "general"
 RANDOM = "random"
 GENERAL_PHRASE = "All things considered, which response is better?"
 KEY_BYTES = 16
+
+Requests = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,9 @@ class QuestionPlan:
     seed: int
     """Decides the slots where `orders` is "random"."""
     recipe: str
-    """Hash of judge identity and template (`judges.recipe_of`)."""
+    """Hash of judge identity and template (`judges.recipe_for`)."""
+    joint: int = 1
+    """Principles per request (`feedback.joint`); "general" is always asked alone."""
 
     @property
     def per_pair(self) -> int:
@@ -54,10 +59,13 @@ class QuestionPlan:
         if self.orders == "both":
             columns = range(len(self.principles))
             return [(column, order) for order in ("ab", "ba") for column in columns]
-        return [
-            (column, "ab" if unit_interval(self.seed, "slot", pair_id, name) < 0.5 else "ba")
-            for column, (name, _) in enumerate(self.principles)
-        ]
+        found: list[tuple[int, Order]] = []
+        for group in joint_groups(self.principles, self.joint):
+            # One slot per request; for a group of one the slot is the principle's own.
+            leader = self.principles[group[0]][0]
+            first = unit_interval(self.seed, "slot", pair_id, leader) < 0.5
+            found += [(column, "ab" if first else "ba") for column in group]
+        return found
 
     def questions(self, pair: ResponsePair) -> list[Question]:
         """The questions about one pair; those of one order stand together and share their prompt's prefix."""
@@ -66,25 +74,52 @@ class QuestionPlan:
             "ba": (pair.prompt, pair.response_b, pair.response_a),
         }
         digests = {order: stable_hash(*shown) for order, shown in texts.items()}
+        recipes = column_recipes(self.recipe, self.principles, self.joint)
         found = []
         for column, order in self.slots(pair.pair_id):
             name, phrase = self.principles[column]
             prompt, first, second = texts[order]
-            key = question_key(self.recipe, name, phrase, digests[order])
+            key = question_key(recipes[column], name, phrase, digests[order])
             found.append(Question(prompt, first, second, name, phrase, order, key))
         return found
 
     def batch_questions(self, batch: PairBatch) -> list[Question]:
         return [question for pair in batch.pairs for question in self.questions(pair)]
 
+    def requests(self, questions: Sequence[Question], stored: Container[bytes]) -> Requests:
+        """The requests for what is not stored: numbers of the questions that each of them answers.
+
+        `questions` are those of whole pairs in plan order. A joint request is asked whole where any of its members is
+        missing (a crash may have recorded the others): with fewer members it would be another question.
+        """
+        if self.joint == 1:
+            return [(n,) for n, question in enumerate(questions) if question.key not in stored]
+        groups = joint_groups(self.principles, self.joint)
+        width = len(self.principles)
+        requests = [
+            tuple(start + column for column in group)
+            for start in range(0, len(questions), width)
+            for group in groups
+        ]
+        return [
+            numbers
+            for numbers in requests
+            if any(questions[number].key not in stored for number in numbers)
+        ]
+
 
 def plan_questions(
-    principles: Sequence[Principle], *, orders: Literal["both", "random"], seed: int, recipe: str
+    principles: Sequence[Principle],
+    *,
+    orders: Literal["both", "random"],
+    seed: int,
+    recipe: str,
+    joint: int = 1,
 ) -> QuestionPlan:
     """The K principles' phrases plus the overall question."""
     asked = [(principle.name, principle.question) for principle in principles]
     asked.append((GENERAL, GENERAL_PHRASE))
-    return QuestionPlan(tuple(asked), orders, seed, recipe)
+    return QuestionPlan(tuple(asked), orders, seed, recipe, joint)
 
 
 def question_key(recipe: str, name: str, phrase: str, texts_digest: str) -> bytes:

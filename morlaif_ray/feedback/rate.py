@@ -5,8 +5,11 @@ Contract: pure functions of (state, now). `now` is any monotonic clock in second
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from morlaif_ray.feedback.headers import Allowance, RateHints
 
 BURST_S = 1.0
 """A bucket holds this many seconds' worth, so an idle limiter never releases more than that at once."""
@@ -21,13 +24,13 @@ class TokenBucket:
     updated_s: float
 
 
-def empty_bucket(per_minute: float, now_s: float) -> TokenBucket:
+def empty_bucket(per_minute: float, now_s: float, burst_s: float = BURST_S) -> TokenBucket:
     """A bucket for a provider's per-minute limit; holds at least one unit so that a slow limit still moves.
 
     It starts empty: a limiter that was restarted must not release a second burst.
     """
     rate = per_minute / 60.0
-    capacity = max(1.0, rate * BURST_S)
+    capacity = max(1.0, rate * burst_s)
     return TokenBucket(rate, capacity, 0.0, now_s)
 
 
@@ -60,6 +63,11 @@ class LimiterState:
     """Nobody may start before (Retry-After)."""
     usd_left: float
     """Budget minus recorded spending minus what is in flight; infinite without a budget."""
+    lookahead_s: float = 0.0
+    """Requests may be granted so long before their time: N workers then ask seldom and still start evenly."""
+    most_requests_per_s: float = math.inf
+    """The user's own limit; what a provider's headers say never raises the rate above it."""
+    most_tokens_per_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +78,24 @@ class Grant:
     wait_s: float
     """Seconds after which asking again makes sense; 0 when all were granted."""
     out_of_budget: bool = False
+    starts_s: tuple[float, ...] = ()
+    """Seconds from now at which each granted request may start; empty: all at once."""
+    pause_s: float = 0.0
+    """Everyone holds back for so long, permits granted earlier included."""
+    given_up: str = ""
+    """Why nothing will ever be granted again; empty while there is hope."""
 
 
 def grant(state: LimiterState, wanted: Sequence[Cost], now_s: float) -> tuple[LimiterState, Grant]:
-    """Grants as many requests as limits and budget allow, in order."""
+    """Grants as many requests as limits and budget allow, in order, at most `lookahead_s` before their time."""
     if now_s < state.paused_until_s:
-        return state, Grant(0, state.paused_until_s - now_s)
+        pause_s = state.paused_until_s - now_s
+        return state, Grant(0, pause_s, pause_s=pause_s)
     requests = refill(state.requests, now_s) if state.requests else None
     tokens = refill(state.tokens, now_s) if state.tokens else None
     usd_left = state.usd_left
-    count, wait_s, out_of_budget = 0, 0.0, False
+    starts_s: list[float] = []
+    wait_s, out_of_budget = 0.0, False
     for cost in wanted:
         if cost.usd > usd_left:
             out_of_budget = True
@@ -88,14 +104,18 @@ def grant(state: LimiterState, wanted: Sequence[Cost], now_s: float) -> tuple[Li
             wait_for(requests, 1.0) if requests else 0.0,
             wait_for(tokens, cost.tokens) if tokens else 0.0,
         )
-        if wait_s > 0.0:
+        if wait_s > state.lookahead_s:
+            # Half of the time ahead is free again by then: a few calls per second, however many workers.
+            wait_s -= state.lookahead_s / 2.0
             break
+        starts_s.append(wait_s)
+        wait_s = 0.0
         requests = replace(requests, level=requests.level - 1.0) if requests else None
         tokens = replace(tokens, level=tokens.level - cost.tokens) if tokens else None
         usd_left -= cost.usd
-        count += 1
     after = replace(state, requests=requests, tokens=tokens, usd_left=usd_left)
-    return after, Grant(count, wait_s, out_of_budget)
+    offsets = tuple(starts_s) if any(starts_s) else ()
+    return after, Grant(len(starts_s), wait_s, out_of_budget, offsets)
 
 
 def settle(state: LimiterState, estimated: Cost, actual: Cost) -> LimiterState:
@@ -110,3 +130,36 @@ def settle(state: LimiterState, estimated: Cost, actual: Cost) -> LimiterState:
 def pause(state: LimiterState, until_s: float) -> LimiterState:
     """Holds everyone back until `until_s`; an earlier pause is never shortened."""
     return replace(state, paused_until_s=max(state.paused_until_s, until_s))
+
+
+def learn(state: LimiterState, hints: RateHints, now_s: float, burst_s: float) -> LimiterState:
+    """Takes over what a response said of the limits: a lower rate, and less left than we thought.
+
+    Others may use the same account: what they took shows in `remaining`. Nothing is ever learnt upwards from a
+    `remaining`, and no rate rises above the user's own.
+    """
+    return replace(
+        state,
+        requests=_learnt(state.requests, hints.requests, state.most_requests_per_s, now_s, burst_s),
+        tokens=_learnt(state.tokens, hints.tokens, state.most_tokens_per_s, now_s, burst_s),
+    )
+
+
+def _learnt(
+    bucket: TokenBucket | None, said: Allowance, most_per_s: float, now_s: float, burst_s: float
+) -> TokenBucket | None:
+    per_minute = said.limit if said.reset_s is not None and said.reset_s <= 60.0 else None
+    if per_minute:
+        rate = min(most_per_s, per_minute / 60.0)
+        if bucket is None:
+            bucket = replace(empty_bucket(rate * 60.0, now_s, burst_s))
+            bucket = replace(bucket, level=bucket.capacity)
+        elif rate != bucket.rate_per_s:
+            bucket = refill(bucket, now_s)
+            capacity = max(1.0, rate * burst_s)
+            level = min(bucket.level, capacity)
+            bucket = replace(bucket, rate_per_s=rate, capacity=capacity, level=level)
+    if bucket is not None and said.remaining is not None:
+        bucket = refill(bucket, now_s)
+        bucket = replace(bucket, level=min(bucket.level, said.remaining))
+    return bucket

@@ -36,15 +36,21 @@ def log_odds_table(
     principles: Sequence[str],
     baselines: Sequence[str] = (),
 ) -> LogOddsTable:
-    """One row per pair; columns: the principles, then `baseline_<name>` for every wanted trained baseline."""
+    """One row per pair; columns: the principles, then `baseline_<name>` for every wanted trained baseline.
+
+    A pair that the judge was never asked about (`feedback.select`) has no human label here either: baselines are made
+    of the same pairs.
+    """
     rows = {pair.pair_id: index for index, pair in enumerate(pairs)}
     asked = [*principles, "random", "general"]
     place = {name: index for index, name in enumerate(asked)}
     table = np.full((len(pairs), len(asked)), np.nan)
+    judged = np.zeros(len(pairs), dtype=np.bool_)
     for judgement in judgements:
         row, column = rows.get(judgement.pair_id), place.get(judgement.principle)
         if row is not None and column is not None:
             table[row, column] = judgement.log_odds
+            judged[row] = True
     num = len(principles)
     columns = list(principles)
     parts = [table[:, :num]]
@@ -52,7 +58,8 @@ def log_odds_table(
         if baseline == "best_principle":
             continue  # points at one of the principles' own models
         columns.append(f"baseline_{baseline}")
-        parts.append(_baseline_column(baseline, table, num, pairs)[:, None])
+        column_N = _baseline_column(baseline, table, num, pairs)
+        parts.append(np.where(judged, column_N, np.nan)[:, None])
     return LogOddsTable(tuple(rows), tuple(columns), np.concatenate(parts, axis=1))
 
 

@@ -20,7 +20,7 @@ from actors.ledger_writer import LedgerRecipe
 from jobs import collect_feedback
 from jobs.context import JobContext, open_run
 from jobs.progress import Reporter
-from morlaif_ray.artifacts import StageFolder, read_json, read_records, write_records
+from morlaif_ray.artifacts import StageFolder, read_json, read_records, read_table, write_records
 from morlaif_ray.config import parse_config
 from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import ActorLostError, DataError, FeedbackError
@@ -248,12 +248,17 @@ def test_the_job_writes_its_stage_and_the_same_command_skips_it(
     assert summary["judge"] == "rules/lexical-1"
     assert summary["by_principle"]["detail"]["mean_position_bias"] == pytest.approx(0.4, abs=1e-6)
     names = {path.name for path in folder.iterdir()}
+    assert read_table(folder / "answers.parquet")["pair_id"].count(pairs[0].pair_id) == 13 * 2
     assert names == {
+        "answers.parquet",
         "judgements.parquet",
         "random_assignment.parquet",
         "summary.json",
         "agreement.csv",
         "correlation.csv",
+        "matrix_intervals.csv",
+        "position_bias.csv",
+        "calibration.csv",
         "manifest.json",
     }
     before = (folder / "manifest.json").stat().st_mtime_ns

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.fake_openai.answers import shaped_answer
+
 KEY = "sk-test-0123456789"
 MODEL = "fake-judge-2026-01-01"
 TASTE = 0.5
@@ -117,7 +119,9 @@ class FakeOpenAI:
         text = body["messages"][-1]["content"]
         match = _RESPONSES.search(text)
         assert match is not None, text
-        completion = _completion(true_log_odds(*match.groups()), fault, len(text.split()))
+        log_odds = true_log_odds(*match.groups())
+        completion = None if fault != "ok" else shaped_answer(body, log_odds, MODEL)
+        completion = completion or _completion(log_odds, fault, len(text.split()))
         with self._lock:
             self.num_answered += 1
             self.tokens_billed += completion["usage"]["total_tokens"]

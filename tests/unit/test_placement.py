@@ -250,3 +250,17 @@ def test_the_plan_reserves_what_the_actors_reserve() -> None:
     config = config_with()
     planned = by_role(plan_bundles(config), "2_feedback")["feedback worker"]
     assert worker_cpus(config.feedback) == planned.cpus
+
+
+def test_a_local_judge_on_gpus_is_planned_as_its_workers_reserve_it() -> None:
+    from actors.feedback_worker import worker_cpus, worker_gpus
+
+    judge = {"kind": "local", "model": "google/gemma-2b", "dtype": "bfloat16"}
+    config = config_with(feedback={"judge": {**judge, "gpus_per_worker": 0.5}, "num_workers": 4})
+    planned = by_role(plan_bundles(config), "2_feedback")["feedback worker"]
+    assert (planned.count, planned.cpus, planned.gpus) == (4, 1.0, 0.5)
+    assert (worker_cpus(config.feedback), worker_gpus(config.feedback)) == (1.0, 0.5)
+    assert plan_bundles(config).gpus("2_feedback") == 2
+    # weights 2.506e9 * 2 bytes = 4.668 GB; 3 caches of 4096 tokens at 2*18*2048*2 bytes = 1.688 GB; logits 0.009 GB;
+    # 10% and the 1 GB context of a GPU
+    assert planned.memory_gb == pytest.approx((4.668 + 1.688 + 0.009) * 1.1 + 1.0, abs=0.01)

@@ -9,14 +9,17 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from morlaif_ray.evaluation.figures import learning, policy, reward, wins
+from morlaif_ray.evaluation.figures import feedback, learning, policy, reward, wins
 from morlaif_ray.evaluation.figures.style import report_style, to_png
 from morlaif_ray.evaluation.run_tables import RunTables
 
 FIGURES: dict[str, Callable[[RunTables], Figure | None]] = {
     "sft_training": learning.sft_training,
-    "agreement": learning.agreement,
-    "position_bias": learning.position_bias,
+    "agreement": feedback.agreement,
+    "correlation": feedback.correlation,
+    "position_bias": feedback.position_bias,
+    "calibration": feedback.calibration,
+    "learning_curve": feedback.learning_curve,
     "pm_accuracy": learning.pm_accuracy,
     "pm_training": learning.pm_training,
     "weights": reward.weights,

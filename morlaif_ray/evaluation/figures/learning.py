@@ -1,4 +1,4 @@
-"""Figures of SFT, feedback and preference models: losses, position bias, agreement, accuracy per principle."""
+"""Figures of SFT and preference models: losses, accuracy per principle."""
 
 from __future__ import annotations
 
@@ -36,46 +36,6 @@ def sft_training(tables: RunTables) -> Figure | None:
     axes.set(xlabel="SFT step", ylabel="loss (nats per token)")
     axes.set_ylim(bottom=0.0)
     axes.grid(axis="y")
-    return figure
-
-
-def position_bias(tables: RunTables) -> Figure | None:
-    """Mean position bias of the judge on every question, before it is removed."""
-    asked = tables.asked
-    bias = np.array([number(row, "mean_position_bias") for row in asked.values()])
-    if not len(bias) or np.isnan(bias).all():
-        return None
-    figure = style.new_figure(0.9 + 0.25 * len(asked))
-    axes = figure.add_subplot()
-    places = np.arange(len(asked))
-    axes.hlines(places, 0.0, bias, color=style.BLUE, alpha=0.45, linewidth=2.0)
-    axes.plot(bias, places, "o", color=style.BLUE, markersize=6, markeredgecolor="white")
-    axes.axvline(0.0, color=style.GREY, linewidth=1.0)
-    style.name_rows(axes, [readable(name) for name in asked])
-    reach = 1.15 * max(0.1, float(np.nanmax(np.abs(bias))))
-    axes.set_xlim(-reach, reach)
-    axes.set_xlabel(
-        "favours the second-given  \N{LEFTWARDS ARROW}   mean position bias (nats)   "
-        "\N{RIGHTWARDS ARROW}  favours the first-given"
-    )
-    return figure
-
-
-def agreement(tables: RunTables) -> Figure | None:
-    """Share of pairs on which two principles prefer the same response (the paper's Figure 5a)."""
-    rows = tables.agreement
-    if not rows:
-        return None
-    names = [str(row["principle"]) for row in rows]
-    values = np.array([[number(row, name) for name in names] for row in rows])
-    np.fill_diagonal(values, np.nan)  # 1 by definition: it would only draw the eye
-    figure = style.new_figure(1.2 + 0.36 * len(names))
-    axes = figure.add_subplot()
-    shown = [readable(name) for name in names]
-    spread = float(np.nanmax(np.abs(values - 0.5))) if not np.isnan(values).all() else 0.5
-    reach = max(0.1, np.ceil(spread * 20) / 20)
-    style.matrix(axes, values, shown, shown, low=0.5 - reach, high=0.5 + reach)
-    axes.set_title("Share of pairs on which two principles prefer the same response")
     return figure
 
 

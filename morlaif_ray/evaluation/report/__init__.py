@@ -12,7 +12,7 @@ from pathlib import Path
 
 from morlaif_ray.artifacts import explain_os_errors, write_csv, write_json
 from morlaif_ray.evaluation.claims import all_gates
-from morlaif_ray.evaluation.report import learning, overview, page, policy, reward
+from morlaif_ray.evaluation.report import feedback, learning, overview, page, policy, reward
 from morlaif_ray.evaluation.report.blocks import Section, Table
 from morlaif_ray.evaluation.run_tables import RunTables, read_run
 from morlaif_ray.types import GateReport
@@ -21,7 +21,7 @@ REPORT_FILE = "report.html"
 
 SECTIONS = (
     learning.data_section,
-    learning.feedback_section,
+    feedback.feedback_section,
     learning.preference_section,
     reward.reward_section,
     policy.policy_section,

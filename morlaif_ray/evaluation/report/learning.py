@@ -1,11 +1,9 @@
-"""Sections on data and SFT, feedback, and preference models."""
+"""Sections on data and SFT, and on preference models."""
 
 from __future__ import annotations
 
-from morlaif_ray.errors import PrincipleError
 from morlaif_ray.evaluation.report.blocks import NAME, Column, Section, show
 from morlaif_ray.evaluation.run_tables import Row, RunTables, number
-from morlaif_ray.principles import load_principles
 
 
 def data_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
@@ -56,50 +54,6 @@ def data_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
     return section
 
 
-def feedback_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
-    section = Section(
-        "feedback",
-        "Feedback per principle",
-        "For every pair and principle the judge says which response is better, asked in both orders; half "
-        "the difference of the two answers is the label, half their sum the position bias. Agreement with "
-        "people is the share of non-tied labelled pairs on which the judge's sign is the human choice.",
-        tables,
-        figures,
-    )
-    if not tables.feedback:
-        section.notice("Stage 2_feedback has not run: there are no judgements.")
-        return section
-    found = tables.feedback
-    counts = [show(number(found, key), "{:,.0f}") for key in _COUNTS]
-    section.text(
-        "Judge: {}. {} questions gave {} judgements: {} usable, {} ties, {} unusable, {} failed. "
-        "Cost: {} tokens, {} USD.".format(
-            found.get("judge") or "-", *counts, show(number(found, "cost_usd"), "{:,.2f}")
-        )
-    )
-    statements = _statements(tables)
-    rows: list[Row] = [
-        {"principle": name, "statement": statements.get(name, ""), **row}
-        for name, row in tables.asked.items()
-    ]
-    section.table("feedback", "Judgements per principle", _FEEDBACK_COLUMNS, rows)
-    section.picture(
-        "agreement",
-        "Agreement of principles (Figure 5a of the paper). Blue: they tend to prefer the same response; "
-        "orange: opposite ones. Sycophancy is phrased so that high is good, that is, anti-sycophancy.",
-        "Heat map, principle by principle, of the share of pairs on which both prefer the same response.",
-        "No agreement matrix: 2_feedback/agreement.csv is not there.",
-    )
-    section.picture(
-        "position_bias",
-        "Taste of the judge for the first-given response, before debiasing. Asking in both orders "
-        "cancels an additive bias exactly.",
-        "Dot chart of the mean position bias in nats per question.",
-        "No position bias: each question was asked in one order only, so it cannot be told from the answers.",
-    )
-    return section
-
-
 def preference_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
     section = Section(
         "preference-models",
@@ -133,30 +87,6 @@ def preference_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
     return section
 
 
-_COUNTS = (
-    "num_questions",
-    "num_judgements",
-    "num_usable",
-    "num_ties",
-    "num_unusable",
-    "num_failed",
-    "tokens",
-)
-_FEEDBACK_COLUMNS = (
-    Column("principle", "Principle", NAME),
-    Column("statement", "A good response, in words"),
-    Column(
-        "human_agreement",
-        "Agreement with people",
-        "{:.3f}",
-        ("human_agreement_low", "human_agreement_high"),
-    ),
-    Column("num_human", "Pairs", "{:,.0f}"),
-    Column("usable", "Usable", "{:,.0f}"),
-    Column("ties", "Ties", "{:,.0f}"),
-    Column("unusable", "Unusable", "{:,.0f}"),
-    Column("mean_position_bias", "Position bias (nats)", "{:+.2f}"),
-)
 _ACCURACY_COLUMNS = (
     Column("model", "Model", NAME),
     Column("kind", "Kind"),
@@ -166,13 +96,3 @@ _ACCURACY_COLUMNS = (
     Column("num_judgements", "Judgements in training", "{:,.0f}"),
     Column("length_correlation", "Correlation with length", "{:+.2f}"),
 )
-
-
-def _statements(tables: RunTables) -> dict[str, str]:
-    """Principle -> its statement. A folder of further principles may be gone since the run: then only the shipped."""
-    extra = tables.config.feedback.principles_dir if tables.config is not None else None
-    try:
-        known = load_principles("all", extra)
-    except PrincipleError:
-        known = load_principles("all")
-    return {principle.name: principle.statement for principle in known}

@@ -126,7 +126,10 @@ def test_a_wrong_value_is_shown_with_what_is_right(raw: dict[str, Any], message:
             "data.source: kind 'file' is unknown; write kind: testbed, files or hub",
         ),
         ({"model": {"width": 8}}, "model: write kind: scratch or pretrained"),
-        ({"feedback": {"judge": {"model": "x"}}}, "feedback.judge: write kind: rules or openai"),
+        (
+            {"feedback": {"judge": {"model": "x"}}},
+            "feedback.judge: write kind: rules, openai, openai_batch or local",
+        ),
     ],
 )
 def test_a_missing_kind_lists_the_kinds(raw: dict[str, Any], message: str) -> None:

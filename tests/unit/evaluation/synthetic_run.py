@@ -74,6 +74,7 @@ def write_synthetic_run(
     config = _config(arms, testbed)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     parse_config(config, "synthetic")
+    _learning_curve(run_dir)
     hashes: dict[str, str] = {}
     for name, write in (
         ("0_sft", _sft),
@@ -171,6 +172,8 @@ def _feedback(folder, rng, testbed) -> None:
             "human_agreement_low": agreement - 0.012,
             "human_agreement_high": agreement + 0.012,
             "num_human": 5400,
+            "calibration_error": 0.05 + 0.01 * (k % 5),
+            "overconfidence": 0.04 + 0.01 * (k % 5),
         }
     write_json(
         folder / "summary.json",
@@ -200,6 +203,82 @@ def _feedback(folder, rng, testbed) -> None:
                 for k, name in enumerate(PRINCIPLES)
             ],
         )
+
+    _judge_tables(folder, rng, share, corr)
+
+
+def _judge_tables(folder, rng, share, corr) -> None:
+    write_csv(
+        folder / "matrix_intervals.csv",
+        [
+            {
+                "principle": name,
+                "other": PRINCIPLES[j],
+                "num_agreement": 4000,
+                "num_correlation": 4900,
+            }
+            | {
+                f"{key}{end}": float(matrix[i, j] + shift)
+                for key, matrix in (("agreement", share), ("correlation", corr))
+                for end, shift in (("", 0.0), ("_low", -0.02), ("_high", 0.02))
+            }
+            for i, name in enumerate(PRINCIPLES)
+            for j in range(i + 1, len(PRINCIPLES))
+        ],
+    )
+    questions = [*PRINCIPLES, "general"]
+    biases = [0.4 + 0.03 * float(rng.normal()) for _ in questions]
+    write_csv(
+        folder / "position_bias.csv",
+        [
+            {
+                "principle": name,
+                "mean": bias,
+                "low": bias - 0.01,
+                "high": bias + 0.01,
+                "num": 5600,
+                "flipped_ab": 0.07 + 0.002 * k,
+                "flipped_ba": 0.07,
+                "order_dependent": 0.14 + 0.002 * k,
+                "order_dependent_low": 0.13 + 0.002 * k,
+                "order_dependent_high": 0.15 + 0.002 * k,
+                "num_decided": 4700,
+            }
+            for k, (name, bias) in enumerate(zip(questions, biases, strict=True))
+        ],
+    )
+    write_csv(
+        folder / "calibration.csv",
+        [
+            {
+                "principle": name,
+                "low": low,
+                "high": low + 0.05,
+                "count": 900 - 60 * b,
+                "confidence": low + 0.025,
+                "agreement": 0.5 + (low - 0.475) * (1.0 - 0.1 * (k % 6)),
+                "agreement_low": 0.47 + (low - 0.475) * (1.0 - 0.1 * (k % 6)),
+                "agreement_high": 0.53 + (low - 0.475) * (1.0 - 0.1 * (k % 6)),
+            }
+            for k, name in enumerate(questions)
+            for b in range(10)
+            for low in [0.5 + 0.05 * b]
+        ],
+    )
+
+
+def _learning_curve(run_dir) -> None:
+    rows = []
+    for strategy, gain in (("random", 0.0), ("ensemble_disagreement", 0.01)):
+        for n in (100, 200, 400, 800):
+            accuracy = 0.6 + 0.05 * math.log2(n / 100) + gain
+            rows.append(
+                {"strategy": strategy, "num_pairs": n, "num_judgements": 12 * n}
+                | {"accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
+                | {"difference": gain, "difference_low": -0.01, "difference_high": 0.03}
+                | {"num_seeds": 3}
+            )
+    write_csv(run_dir / "learning_curve.csv", rows)
 
 
 def _preference_models(folder, rng, testbed) -> None:

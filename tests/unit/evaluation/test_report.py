@@ -191,6 +191,8 @@ def test_an_empty_run_folder_gives_a_page_of_sentences(tmp_path):
     [
         ("0_sft", "No fine-tuning losses"),
         ("2_feedback/agreement.csv", "No agreement matrix"),
+        ("2_feedback/correlation.csv", "No correlation matrix"),
+        ("2_feedback/calibration.csv", "No calibration:"),
         ("3_preference_models", "Stage 3_preference_models has not run"),
         ("4_reward/ablation.csv", "No ablation: 4_reward/ablation.csv is not there."),
         ("4_reward/weights.json", "No weights: 4_reward/weights.json is not there."),
@@ -214,6 +216,56 @@ def test_one_missing_input_leads_to_a_sentence(synthetic, tmp_path, undrawn, gon
     page = build(run_dir, tmp_path / "out")
     assert sentence in page.words
     assert "Not there when this report was made:" in page.words
+
+
+def test_the_feedback_section_says_what_debiasing_and_calibration_are_worth(built):
+    _, page, _ = built
+    # 13 questions of 4,700 decided labels; flips (.07 + .002 k + .07) / 2, mean over k = 0..12: 0.076.
+    assert (
+        "Without debiasing 7.6% of the 61,100 decided labels would have the other sign"
+        in page.words
+    )
+    assert "expected calibration error is 0.070 (on the whole it is too sure)" in page.words
+
+
+def test_selection_truncation_and_joint_questions_are_stated(synthetic, tmp_path, undrawn):
+    run_dir = tmp_path / "run"
+    synthetic.write_synthetic_run(run_dir, arms=("linear",), num_prompts=8, num_steps=4)
+    summary = json.loads((run_dir / "2_feedback" / "summary.json").read_text())
+    summary["num_truncated"] = 7
+    summary["joint_agreement"] = {
+        "num_pairs": 20,
+        "num_compared": 200,
+        "agreement": 0.9,
+        "low": 0.85,
+        "high": 0.94,
+        "by_principle": {"helpfulness": {"agreement": 0.95, "num": 20}},
+    }
+    (run_dir / "2_feedback" / "summary.json").write_text(json.dumps(summary))
+    config = (run_dir / "config.yaml").read_text()
+    select = "feedback: {select: {kind: ensemble_disagreement, num_pairs: 1200}}\n"
+    (run_dir / "config.yaml").write_text(config + select)
+    page = build(run_dir, tmp_path / "out")
+    for sentence in (
+        "at most 1,200 were put to the judge, chosen in 4 rounds where an ensemble of 4 preference models disagreed",
+        "7 pairs were longer than the judge's context",
+        "asked separately too: the two ways agree on 0.900 [0.850, 0.940] of 200 decided labels",
+    ):
+        assert sentence in page.words
+    assert (tmp_path / "out" / "tables" / "joint_agreement.csv").is_file()
+
+
+def test_biases_of_a_run_without_the_newer_tables_are_drawn_and_no_curve_is_missed(
+    synthetic, tmp_path, undrawn
+):
+    run_dir = tmp_path / "run"
+    synthetic.write_synthetic_run(run_dir, arms=("linear",), num_prompts=8, num_steps=4)
+    (run_dir / "2_feedback" / "position_bias.csv").unlink()
+    (run_dir / "learning_curve.csv").unlink()
+    page = build(run_dir, tmp_path / "out")
+    assert (tmp_path / "out" / "figures" / "position_bias.png").exists()
+    assert not (tmp_path / "out" / "figures" / "learning_curve.png").exists()
+    assert "learning_curve" not in page.words
 
 
 def test_a_run_of_one_step_one_arm_and_one_principle_is_drawn(synthetic, tmp_path, monkeypatch):

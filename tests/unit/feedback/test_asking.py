@@ -10,7 +10,9 @@ import pytest
 
 from actors.rate_limiter import RateLimiter
 from morlaif_ray.errors import FeedbackError
+from morlaif_ray.feedback.breaker import News
 from morlaif_ray.feedback.client import AttemptError, Question
+from morlaif_ray.feedback.headers import RateHints
 from morlaif_ray.feedback.permits import BudgetReachedError
 from morlaif_ray.feedback.prices import Price
 from morlaif_ray.feedback.rate import Cost, Grant
@@ -40,6 +42,9 @@ class LocalLimiter:
     async def pause(self, wait_s: float) -> None:
         self.pauses.append(wait_s)
         self._limiter.pause(wait_s)
+
+    async def report(self, news: News, hints: RateHints | None) -> None:
+        self._limiter.report(news, hints)
 
 
 def test_every_question_is_asked_once_and_recorded() -> None:

@@ -188,3 +188,33 @@ def test_prices_are_found_by_model_name_with_or_without_date() -> None:
 def test_a_budget_for_a_model_without_known_price_is_refused() -> None:
     with pytest.raises(FeedbackError, match="price of model 'mystery' is not known"):
         price_for_budget(OpenAIJudge(model="mystery"), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("401", r"refused the key in TEST_JUDGE_KEY \(HTTP 401\)"),
+        ("404", "knows no model 'fake-judge'"),
+        ("429-quota", "has no quota left"),
+    ],
+)
+def test_what_no_question_can_survive_ends_the_run_in_one_line_without_a_retry_storm(
+    server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
+) -> None:
+    if fault == "401":
+        monkeypatch.setenv("TEST_JUDGE_KEY", "sk-wrong-and-secret")
+    else:
+        server.default_fault = fault
+
+    async def work() -> None:
+        client = build_client(judge(server), seed=0)
+        try:
+            await make_runner(client, MemoryLedger(), max_in_flight=4).run(batch_of(50))
+        finally:
+            await client.close()
+
+    with pytest.raises(FeedbackError, match=message) as caught:
+        asyncio.run(work())
+    assert "\n" not in str(caught.value)
+    assert "sk-wrong" not in str(caught.value)
+    assert len(server.bodies) <= 8  # of 200 questions: those in flight, and none of them twice

@@ -7,7 +7,14 @@ import math
 import pytest
 
 from morlaif_ray.feedback.client import RawAnswer
-from morlaif_ray.feedback.parsing import letter_of, parse_answer
+from morlaif_ray.feedback.parsing import (
+    HARD_LOG_ODDS,
+    final_answer_token,
+    hard_logprobs,
+    letter_of,
+    parse_answer,
+    read_letters,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -65,3 +72,39 @@ def test_a_missing_letter_has_a_reason_and_no_number(
 def test_a_refusal_is_unreadable_even_with_letters() -> None:
     parsed = parse_answer(raw({"A": -0.1, "B": -2.0}, refusal="I will not."))
     assert (parsed.reason, parsed.mass) == ("the judge refused", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "place"),
+    [
+        (["Answer", ":", " B"], 2),
+        (["Answer: A", ". But no.\n", "Answer:", " B", "."], 3),
+        (["**", "Answer", ":**", " A"], 3),
+        (["The answer is ", "(B", ")"], 1),
+        (["answer", ": ", "b"], 2),
+        (["It fails to answer a question"], None),
+        (["Answer: a good one is hard to find"], None),
+        (["I prefer B"], None),
+        ([], None),
+    ],
+)
+def test_the_last_answer_marker_is_found_and_articles_are_not_letters(
+    tokens: list[str], place: int | None
+) -> None:
+    assert final_answer_token(tokens) == place
+
+
+def test_a_bare_letter_counts_two_nats() -> None:
+    for letter, expected in (("A", HARD_LOG_ODDS), ("B", -HARD_LOG_ODDS)):
+        parsed = parse_answer(RawAnswer(hard_logprobs(letter), "m", 1, 1))
+        assert parsed.log_odds == pytest.approx(expected)
+        assert parsed.mass == pytest.approx(1.0)
+
+
+def test_letters_are_read_from_a_json_object_and_missing_ones_are_absent() -> None:
+    assert read_letters('{"x": "A", "y": "b", "z": "C", "v": 1}', ["x", "y", "z", "v", "w"]) == (
+        {"x": "A", "y": "B"},
+        "",
+    )
+    assert read_letters('{"x": "A"', ["x"])[1] == "the answer is not the JSON object asked for"
+    assert read_letters('["A"]', ["x"])[1] == "the answer is not the JSON object asked for"

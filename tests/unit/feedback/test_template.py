@@ -46,3 +46,32 @@ def test_braces_in_a_response_are_text() -> None:
     assert "{question} {first} {0}" in render(
         DEFAULT_TEMPLATE, question("Q?", first="{question} {first} {0}")
     )
+
+
+@pytest.mark.parametrize("name", ["conversation", "response_a", "response_b", "question"])
+def test_a_template_of_ones_own_is_told_which_placeholder_it_lacks(name: str) -> None:
+    template = "{conversation} {response_a} {response_b} {question}"
+    with pytest.raises(ConfigError, match=rf"feedback.template\) lacks \{{{name}\}}"):
+        check_template(template.replace("{" + name + "}", ""))
+
+
+def test_an_unknown_placeholder_is_named_and_json_braces_are_text() -> None:
+    template = "{conversation} {response_a} {response_b} {question}"
+    with pytest.raises(ConfigError, match=r"unknown placeholder \{principle\}; it knows"):
+        check_template("{principle} " + template)
+    check_template(template + ' like {"answer": "A"} or {}')
+
+
+def test_a_reasoning_judge_must_be_told_how_to_end() -> None:
+    template = "{conversation} {response_a} {response_b} {question}"
+    with pytest.raises(ConfigError, match="does not tell the judge to end with 'Answer: A'"):
+        check_template(template, "reasoned")
+    check_template(template + " End with Answer: A or Answer: B.", "reasoned")
+
+
+def test_both_names_of_a_response_render_alike() -> None:
+    texts = (
+        "{conversation}|{first}|{second}|{question}",
+        "{conversation}|{response_a}|{response_b}|{question}",
+    )
+    assert [render(text, question("Q?")) for text in texts] == ["Human: hi|one|two|Q?"] * 2

@@ -1,0 +1,154 @@
+"""Money and secrets on a real local Ray: the budget is a hard stop, a run resumes, a key is written nowhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.feedback_pool import FeedbackPool
+from actors.ledger_writer import LedgerRecipe
+from jobs.cli import main
+from morlaif_ray.config.judging import FeedbackConfig
+from morlaif_ray.errors import FeedbackError
+from morlaif_ray.feedback.ledger import Ledger
+from morlaif_ray.feedback.permits import BudgetReachedError
+from morlaif_ray.feedback.questions import split_batches
+from morlaif_ray.feedback.status import read_progress
+from tests.fake_openai.server import KEY, FakeOpenAI
+from tests.unit.feedback.fakes import PLAN, make_pairs
+
+pytestmark = pytest.mark.actors
+KEY_ENV = "MORLAIF_TEST_JUDGE_KEY"
+WRONG_KEY = "sk-wrong-9876543210fedcba"
+WRONG_KEY_ENV = "MORLAIF_TEST_WRONG_KEY"
+
+
+@pytest.fixture(scope="module")
+def session_folder() -> Iterator[Path]:
+    """A local Ray; its folder holds every log that its processes write."""
+    os.environ |= {KEY_ENV: KEY, WRONG_KEY_ENV: WRONG_KEY}
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    folder = Path(tempfile.mkdtemp(prefix="fm-", dir="/tmp"))
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 1024**2,
+        _temp_dir=str(folder),
+        logging_level="ERROR",
+    )
+    yield folder
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def priced(folder: Path, server: FakeOpenAI, **changes: object) -> FeedbackConfig:
+    """Each question about `make_pairs` costs some 0.0005 $ at 5 $ per million tokens."""
+    prices = folder / "prices.yaml"
+    prices.write_text("as_of: 2026-11-21\nmodels:\n  fake: {prompt: 5.0, completion: 5.0}\n")
+    judge = {"kind": "openai", "model": "fake", "base_url": server.url, "api_key_env": KEY_ENV}
+    values = {"judge": judge, "max_in_flight": 4, "num_workers": 2, "prices_file": prices}
+    return FeedbackConfig.model_validate(values | changes)
+
+
+def pool_of(feedback: FeedbackConfig, folder: Path) -> FeedbackPool:
+    (folder / "logs").mkdir(exist_ok=True)
+    return FeedbackPool(
+        feedback,
+        PLAN,
+        folder / "l.sqlite",
+        LedgerRecipe(PLAN.recipe, json.dumps({"model": "fake"}), "template"),
+        seed=0,
+        start_timeout_s=120.0,
+        progress_path=folder / "logs" / "feedback_progress.json",
+    )
+
+
+def test_the_budget_ends_the_run_cleanly_and_a_higher_one_goes_on(
+    session_folder: Path, tmp_path: Path
+) -> None:
+    batches = list(split_batches(make_pairs(40), PLAN, questions_per_batch=16))
+    with FakeOpenAI(delay_s=0.01) as server:
+        with (
+            pool_of(priced(tmp_path, server, budget_usd=0.02), tmp_path) as pool,
+            pytest.raises(
+                BudgetReachedError, match=r"budget_usd is reached.*raise budget_usd"
+            ) as caught,
+        ):
+            pool.answer(batches)
+        assert caught.value.exit_code == 8
+        ledger = Ledger(tmp_path / "l.sqlite")
+        spent, recorded = ledger.spent_usd, ledger.num_answers()
+        ledger.close()
+        # What was in flight when the budget ended is recorded: all that was paid for, and no more than allowed.
+        assert recorded == server.num_answered
+        assert spent == pytest.approx(server.tokens_billed * 5.0 / 1e6)
+        assert 0.015 < spent <= 0.02
+        progress = read_progress(tmp_path / "logs" / "feedback_progress.json")
+        assert progress is not None
+        assert (progress.running, progress.total) == (False, 160)
+        with pool_of(priced(tmp_path, server, budget_usd=5.0), tmp_path) as pool:
+            assert pool.num_recorded_before == recorded
+            outcomes = pool.answer(batches)
+        assert sum(outcome.num_failed for outcome in outcomes) == 0
+        assert server.num_answered == 160
+        total = sum(outcome.cost_usd for outcome in outcomes)
+        assert total == pytest.approx(server.tokens_billed * 5.0 / 1e6)
+
+
+def test_a_resumed_run_begins_with_what_is_not_answered(
+    session_folder: Path, tmp_path: Path
+) -> None:
+    batches = list(split_batches(make_pairs(40), PLAN, questions_per_batch=16))
+    with FakeOpenAI() as server:
+        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+            pool.answer(batches[:6])
+        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+            assert pool.unfinished_first(batches) == [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
+
+
+def test_a_wrong_key_costs_a_handful_of_requests_and_no_key_is_written_anywhere(
+    session_folder: Path, tmp_path: Path
+) -> None:
+    batches = list(split_batches(make_pairs(40), PLAN, questions_per_batch=16))
+    with FakeOpenAI() as server:
+        judge = {"kind": "openai", "model": "fake", "base_url": server.url}
+        wrong = priced(tmp_path, server, judge=judge | {"api_key_env": WRONG_KEY_ENV})
+        with (
+            pool_of(wrong, tmp_path) as pool,
+            pytest.raises(FeedbackError, match=f"refused the key in {WRONG_KEY_ENV}") as caught,
+        ):
+            pool.answer(batches)
+        assert WRONG_KEY not in str(caught.value)
+        assert len(server.bodies) <= 2 * 2 * 4  # workers x batches under way x slow start
+        server.faults.extend(["500", "400", "invalid_json"])
+        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+            pool.answer(batches)
+    searched = 0
+    for folder in (tmp_path, session_folder):
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                searched += 1
+                content = path.read_bytes()
+                assert KEY.encode() not in content, path
+                assert WRONG_KEY.encode() not in content, path
+    assert searched > 10
+
+
+def test_the_status_verb_reads_a_run_without_ray(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["feedback", "status", "--run-dir", str(tmp_path)]) == 3
+    assert "no run folder" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("feedback: {}\n")
+    (tmp_path / "ledger").mkdir()
+    Ledger(tmp_path / "ledger" / "feedback.sqlite").close()
+    assert main(["feedback", "status", "--run-dir", str(tmp_path)]) == 0
+    assert "0 answers in the ledger" in capsys.readouterr().out
