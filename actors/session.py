@@ -45,6 +45,9 @@ WORKER_ENVIRONMENT = {
 }
 
 SESSION_ROOT = "/tmp" if os.name == "posix" else tempfile.gettempdir()
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+HTTP2_SETTINGS = b"\x04"
+"""Type of the frame that every HTTP/2 server, so every gRPC server, sends first."""
 SESSION_PREFIX = "morlaif-"
 OWNER = "pid"
 
@@ -105,7 +108,7 @@ def _attach(address: str, cluster: ClusterConfig, say: Callable[[str], None]) ->
 
 
 def check_reachable(address: str, timeout_s: float) -> None:
-    """Opens one TCP connection to the address, because Ray's own error comes late and misleads."""
+    """Says hello to the gRPC server at the address, because Ray's own error comes late and misleads, or never."""
     if address in ("auto", "local"):
         return
     plain = address.removeprefix("ray://")
@@ -113,13 +116,24 @@ def check_reachable(address: str, timeout_s: float) -> None:
     if not host or not port.isdigit():
         raise ResourceError(f"Ray address {address!r}: write it as host:port, e.g. 10.0.0.5:6379")
     try:
-        with socket.create_connection((host, int(port)), timeout=min(timeout_s, 10.0)):
-            return
+        with socket.create_connection((host, int(port)), timeout=min(timeout_s, 10.0)) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return
+            connection.sendall(HTTP2_HELLO)
+            with connection.makefile("rb") as stream:
+                answer = stream.read(9)
+    except TimeoutError:
+        answer = b""
     except OSError as error:
         raise ResourceError(
             f"no Ray at {address} ({error.strerror or error}); start one with 'ray start --head', or unset "
             f"cluster.address and RAY_ADDRESS to use a local Ray"
         ) from None
+    if answer[3:4] != HTTP2_SETTINGS:
+        raise ResourceError(
+            f"what listens at {address} is not Ray; give the address that 'ray start --head' printed (port 6379 "
+            f"unless chosen otherwise, not the dashboard's)"
+        )
 
 
 def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -> None:

@@ -67,7 +67,7 @@ def morlaif(
 def _only_checks_address(address: str, cluster: object, say: object) -> None:
     from actors.session import check_reachable
 
-    check_reachable(address, 5.0)
+    check_reachable(address, 1.0)
     raise AssertionError("Ray was reached")
 
 
@@ -412,6 +412,17 @@ def test_an_address_without_ray_fails_in_seconds_and_says_so(
         f"no Ray at {address} (Connection refused); start one with 'ray start --head', or unset "
         f"cluster.address and RAY_ADDRESS to use a local Ray",
     )
+
+
+def test_an_address_where_something_else_listens_is_said_to_be_no_ray(
+    morlaif: Callable[..., Ended], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        words = setting(f"cluster.address={address}", "cluster.connect_timeout_s=1")
+        ended = morlaif(*small(tmp_path / "run", *words))
+    assert ended.code == 5
+    assert ended.error.startswith(f"what listens at {address} is not Ray; give the address that")
 
 
 def test_an_address_of_the_wrong_form_shows_the_right_one(
