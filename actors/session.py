@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from morlaif_ray.config.operations import ClusterConfig
 from morlaif_ray.errors import ResourceError
@@ -116,14 +117,14 @@ def check_reachable(address: str, timeout_s: float) -> None:
     if not host or not port.isdigit():
         raise ResourceError(f"Ray address {address!r}: write it as host:port, e.g. 10.0.0.5:6379")
     try:
-        with socket.create_connection((host, int(port)), timeout=min(timeout_s, 10.0)) as connection:
+        with socket.create_connection(
+            (host, int(port)), timeout=min(timeout_s, 10.0)
+        ) as connection:
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
             connection.sendall(HTTP2_HELLO)
             with connection.makefile("rb") as stream:
-                answer = stream.read(9)
-    except TimeoutError:
-        answer = b""
+                answer = _first_bytes(stream)
     except OSError as error:
         raise ResourceError(
             f"no Ray at {address} ({error.strerror or error}); start one with 'ray start --head', or unset "
@@ -134,6 +135,14 @@ def check_reachable(address: str, timeout_s: float) -> None:
             f"what listens at {address} is not Ray; give the address that 'ray start --head' printed (port 6379 "
             f"unless chosen otherwise, not the dashboard's)"
         )
+
+
+def _first_bytes(stream: BinaryIO) -> bytes:
+    """Header of the first frame; empty where nothing comes in time."""
+    try:
+        return stream.read(9)
+    except TimeoutError:
+        return b""
 
 
 def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -> None:

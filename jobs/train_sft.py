@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from jobs.context import JobContext
-from morlaif_ray.artifacts import write_json, write_records
-from morlaif_ray.config.inputs import ScratchModel
+from morlaif_ray.artifacts import file_hash, write_json, write_records
+from morlaif_ray.config import Config
+from morlaif_ray.config.inputs import FileSource, ScratchModel
 from morlaif_ray.data import LoadedData, load_dataset_records
 from morlaif_ray.errors import DataError
 from morlaif_ray.types import Dialogue, Prompt, ResponsePair
@@ -17,7 +18,12 @@ STAGE = "0_sft"
 
 
 def run(context: JobContext) -> None:
-    stage = context.stage(STAGE, sections=["data", "model", "sft"], inputs=[])
+    stage = context.stage(
+        STAGE,
+        sections=["data", "model", "sft"],
+        inputs=[],
+        extra={"data_files": data_fingerprints(context.config)},
+    )
     if stage.is_current():
         context.reporter.skipped(STAGE)
         return
@@ -118,3 +124,14 @@ def _take_as_it_is(context: JobContext, work: Path) -> None:
             "sft.enabled is false but model.kind is 'scratch', which knows nothing untrained; enable sft"
         )
     write_json(work / "model.json", {"path": model.path, "revision": model.revision})
+
+
+def data_fingerprints(config: Config) -> dict[str, str]:
+    """File name -> SHA-256 of the local data files, so that a file that changed under its name makes the stage stale."""
+    source = config.data.source
+    if not isinstance(source, FileSource):
+        return {}
+    files: list[Path] = []
+    for path in source.paths:
+        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return {path.name: file_hash(path) for path in files if path.is_file()}

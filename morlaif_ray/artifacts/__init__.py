@@ -26,6 +26,7 @@ __all__ = [
     "StageFolder",
     "canonical_json",
     "explain_os_errors",
+    "file_hash",
     "read_json",
     "read_manifest",
     "read_records",

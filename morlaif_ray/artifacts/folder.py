@@ -158,7 +158,7 @@ class StageFolder:
 
     def _publish(self, temporary: Path, rows: dict[str, int]) -> None:
         files = {
-            str(path.relative_to(temporary)): _file_hash(path)
+            str(path.relative_to(temporary)): file_hash(path)
             for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
@@ -192,7 +192,8 @@ class StageFolder:
             folder.rename(shelf / f"{label}.{max(numbers, default=0) + 1}")
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces."""
     digest = sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
