@@ -127,7 +127,7 @@ def _take_as_it_is(context: JobContext, work: Path) -> None:
 
 
 def data_fingerprints(config: Config) -> dict[str, str]:
-    """File name -> SHA-256 of the local data files, so that a file that changed under its name makes the stage stale."""
+    """File name -> SHA-256 of the local data files, so a file changed under its name is noticed."""
     source = config.data.source
     if not isinstance(source, FileSource):
         return {}

@@ -6,6 +6,7 @@ from morlaif_ray.artifacts.folder import (
     Manifest,
     StageFolder,
     canonical_json,
+    file_hash,
     read_manifest,
 )
 from morlaif_ray.artifacts.tables import (
