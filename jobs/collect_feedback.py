@@ -120,12 +120,13 @@ def ledger_path(context: JobContext) -> Path:
 
 
 def write_answers(context: JobContext, pair_ids: Container[str], recipe: str) -> None:
-    """`answers.parquet` beside the judgements, outside the manifest: latencies differ between equal runs."""
+    """`ledger/answers.parquet`, outside the published stage: latencies differ between equal runs."""
     from morlaif_ray.feedback.export import export_answers
 
-    target = context.path(STAGE, ANSWERS)
+    target = context.path("ledger", ANSWERS)
     temporary = target.with_name(f".{ANSWERS}.partial")
     with explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         export_answers(ledger_path(context), temporary, pair_ids, recipe)
         temporary.replace(target)
 

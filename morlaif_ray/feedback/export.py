@@ -1,4 +1,4 @@
-"""The ledger's answers of one run as Parquet: `2_feedback/answers.parquet`, one row per question, streamed.
+"""The ledger's answers of one run as Parquet: `ledger/answers.parquet`, one row per question, streamed.
 
 Memory stays at one chunk, however large the ledger is. The reader sees the writer's committed rows.
 """

@@ -248,9 +248,9 @@ def test_the_job_writes_its_stage_and_the_same_command_skips_it(
     assert summary["judge"] == "rules/lexical-1"
     assert summary["by_principle"]["detail"]["mean_position_bias"] == pytest.approx(0.4, abs=1e-6)
     names = {path.name for path in folder.iterdir()}
-    assert read_table(folder / "answers.parquet")["pair_id"].count(pairs[0].pair_id) == 13 * 2
+    answers = read_table(tmp_path / "run" / "ledger" / "answers.parquet")
+    assert answers["pair_id"].count(pairs[0].pair_id) == 13 * 2
     assert names == {
-        "answers.parquet",
         "judgements.parquet",
         "random_assignment.parquet",
         "summary.json",
