@@ -31,8 +31,6 @@ ROLLOUT_CPUS = 0.4
 LEARNER_CPUS = 0.4
 """Generation and learning of an arm take turns: two arms and the panel fit on two cores (4 x 0.4 + 0.3)."""
 PANEL_CPUS = 0.3
-TRIAL_CPUS = 0.9
-"""Just under one, so that a small machine keeps room for supervisors."""
 SFT_CPUS = 1.0
 OFFLINE_SWEEP_CPUS = 1.0
 KV_SEQUENCES = 16
@@ -290,7 +288,7 @@ def _preference(config: Config) -> list[Bundle]:
         "3_preference_models",
         "preference training",
         count,
-        TRIAL_CPUS,
+        preference.cpus_per_trial,
         gpus,
         memory,
         reduce,

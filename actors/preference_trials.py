@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.placement import TRIAL_CPUS
 from actors.training import ProgressFile, cluster_has_gpu, find_cause, following, set_single_thread
 from morlaif_ray.artifacts import read_table, write_csv
 from morlaif_ray.config import Config
@@ -124,7 +123,7 @@ def _trial_resources(config: Config, use_gpu: bool) -> dict[str, float]:
     """In-process training reserves for itself; otherwise the Ray Train worker does."""
     if config.preference.workers_per_trial:
         return {"cpu": 0.01}
-    return {"cpu": TRIAL_CPUS, "gpu": 1.0 if use_gpu else 0.0}
+    return {"cpu": config.preference.cpus_per_trial, "gpu": 1.0 if use_gpu else 0.0}
 
 
 def _trial(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def _trial(parameters: dict[str, Any]) -> dict[str, Any]:
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=bool(parameters["use_gpu"]) and num_workers > 0,
-            resources_per_worker={"CPU": TRIAL_CPUS} if num_workers else None,
+            resources_per_worker={"CPU": config.preference.cpus_per_trial} if num_workers else None,
         ),
         run_config=RunConfig(
             name=name,

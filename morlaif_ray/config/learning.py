@@ -66,6 +66,8 @@ class PreferenceConfig(Section):
     gradient_checkpointing: bool = False
     concurrent_trials: PositiveInt = 2
     """Trainings at the same time."""
+    cpus_per_trial: PositiveFloat = 0.9
+    """CPUs that one training reserves. Just under one, so that a small machine keeps room for supervisors."""
     workers_per_trial: Annotated[int, Field(ge=0, le=1)] = 1
     """Ray Train workers of one training: 1: a process of its own, 0: inside the Tune trial (saves a process)."""
     panel_placement: Literal["per_model", "one_actor"] = "per_model"

@@ -62,13 +62,23 @@ class Running:
             text=True,
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.stdout = ""
+        self._readers = [
+            threading.Thread(target=read, daemon=True) for read in (self._read_lines, self._read_all)
+        ]
+        for reader in self._readers:
+            reader.start()
 
-    def _read(self) -> None:
+    def _read_lines(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append((time.monotonic() - self.started, line.rstrip("\n")))
+        with self.process.stderr as stream:
+            for line in stream:
+                self.lines.append((time.monotonic() - self.started, line.rstrip("\n")))
+
+    def _read_all(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            self.stdout = stream.read()
 
     @property
     def text(self) -> str:
@@ -101,7 +111,8 @@ class Running:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"still running after {timeout_s:.0f} s:\n{self.text}") from None
-        self._reader.join(timeout=5.0)
+        for reader in self._readers:
+            reader.join(timeout=5.0)
         return code
 
 
@@ -137,9 +148,8 @@ def run_small(run_dir: Path) -> FinishedRun:
         time.sleep(0.5)
     code = running.end()
     assert code == 0, running.text
-    assert running.process.stdout is not None
     gone = left_over(list(family.values()))
-    return FinishedRun(run_dir, running.lines, running.process.stdout.read(), gone)
+    return FinishedRun(run_dir, running.lines, running.stdout, gone)
 
 
 def without_stages(run_dir: Path, *stages: str) -> Path:

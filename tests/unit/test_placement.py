@@ -246,8 +246,10 @@ def test_the_plan_reserves_what_the_actors_reserve() -> None:
     assert ppo_learner.LEARNER_CPUS == placement.LEARNER_CPUS
     assert rollout_pool.ROLLOUT_CPUS == placement.ROLLOUT_CPUS
     assert preference_panel.PANEL_CPUS == placement.PANEL_CPUS
-    assert preference_trials.TRIAL_CPUS == placement.TRIAL_CPUS
-    config = config_with()
+    config = config_with(preference={"workers_per_trial": 0, "cpus_per_trial": 0.4})
+    trial = preference_trials._trial_resources(config, use_gpu=False)
+    training = by_role(plan_bundles(config), "3_preference_models")["preference training"]
+    assert trial["cpu"] == training.cpus == 0.4
     planned = by_role(plan_bundles(config), "2_feedback")["feedback worker"]
     assert worker_cpus(config.feedback) == planned.cpus
 
