@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from morlaif_ray.backbone import build_scratch_model, dialogue_text, encode_prompt, load_causal_lm
+from morlaif_ray.backbone import build_scratch_model, dialogue_text, load_causal_lm
 from morlaif_ray.config.inputs import LoraConfig, ModelConfig, ScratchModel, SftConfig
 from morlaif_ray.types import Dialogue
 
@@ -17,18 +17,25 @@ IGNORED = -100
 """Label of tokens that carry no loss."""
 
 
-def encode_dialogue(tokenizer: Any, dialogue: Dialogue, max_length: int) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of one dialogue: prompt tokens ignored, EOS learned.
+def encode_dialogues(
+    tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int
+) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of each dialogue: prompt tokens ignored, EOS learned.
 
     A dialogue that is too long loses its oldest prompt tokens first, then the end of its response.
     """
-    whole = tokenizer(dialogue_text(dialogue.prompt, dialogue.response), add_special_tokens=True)[
-        "input_ids"
-    ]
-    prompt = encode_prompt(tokenizer, dialogue.prompt, 1 << 30)
-    response = [*whole[len(prompt) :], tokenizer.eos_token_id][: max_length - 1]
-    prompt = prompt[-(max_length - len(response)) :]
-    return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}
+    if not dialogues:
+        return []
+    # One call for all: a fast tokenizer is many times faster on a batch.
+    texts = [dialogue_text(item.prompt, item.response) for item in dialogues]
+    whole = tokenizer(texts, add_special_tokens=True)["input_ids"]
+    prompts = tokenizer([item.prompt for item in dialogues], add_special_tokens=True)["input_ids"]
+    rows = []
+    for ids, prompt in zip(whole, prompts, strict=True):
+        response = [*ids[len(prompt) :], tokenizer.eos_token_id][: max_length - 1]
+        kept = prompt[-(max_length - len(response)) :]
+        rows.append({"input_ids": kept + response, "labels": [IGNORED] * len(kept) + response})
+    return rows
 
 
 def build_sft_trainer(
@@ -56,7 +63,7 @@ def build_sft_trainer(
 
     def encoded(items: Sequence[Dialogue]) -> Any:
         return datasets.Dataset.from_list(
-            [encode_dialogue(tokenizer, item, model_config.max_length) for item in items]
+            encode_dialogues(tokenizer, items, model_config.max_length)
         )
 
     return SFTTrainer(

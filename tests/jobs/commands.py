@@ -64,7 +64,8 @@ class Running:
         )
         self.stdout = ""
         self._readers = [
-            threading.Thread(target=read, daemon=True) for read in (self._read_lines, self._read_all)
+            threading.Thread(target=read, daemon=True)
+            for read in (self._read_lines, self._read_all)
         ]
         for reader in self._readers:
             reader.start()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from morlaif_ray.rl.sft import IGNORED, encode_dialogue
+from morlaif_ray.rl.sft import IGNORED, encode_dialogues
 from morlaif_ray.types import Dialogue
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
@@ -17,7 +17,7 @@ HUMAN, ASSISTANT, EOS = "Human:", "Assistant:", "<eos>"
 
 def encoded(tokenizer: Any, response: str, max_length: int) -> tuple[list[str], list[str | None]]:
     """Tokens and labels as words; None where no loss is."""
-    made = encode_dialogue(tokenizer, Dialogue("id", PROMPT, response), max_length)
+    made = encode_dialogues(tokenizer, [Dialogue("id", PROMPT, response)], max_length)[0]
     words = tokenizer.convert_ids_to_tokens(made["input_ids"])
     labels = [None if x == IGNORED else tokenizer.convert_ids_to_tokens(x) for x in made["labels"]]
     return words, labels
