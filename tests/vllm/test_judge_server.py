@@ -87,7 +87,7 @@ def run_batch(judge: OpenAIJudge, count: int = 2) -> tuple[Any, MemoryLedger]:
 
 
 def locally(folder: Path, count: int) -> list[RawAnswer | AttemptError]:
-    client: Any = build_client(LocalJudge(model=str(folder)), seed=0)
+    client: Any = build_client(LocalJudge(model=str(folder), engine="transformers"), seed=0)
     questions = [question for pair in make_pairs(count) for question in PLAN.questions(pair)]
     return asyncio.run(client.ask_many(questions))
 
