@@ -75,6 +75,7 @@ def run(context: JobContext) -> None:
         seed=config.seed,
         recipe=recipe,
         joint=feedback.joint,
+        strengths=feedback.joint_answer == "strength",
     )
     rule = CombineRule(feedback.tie_threshold, feedback.min_answer_mass)
 
@@ -169,7 +170,7 @@ def _check_joint(
         return agreement_with_separate([], [], 0), []
     # "general" is asked alone in the main plan already: here it would be counted twice.
     asked = tuple(entry for entry in plan.principles if entry[0] != GENERAL)
-    alone = replace(plan, principles=asked, joint=1, orders="both")
+    alone = replace(plan, principles=asked, joint=1, orders="both", strengths=False)
     batches, outcomes = _ask(context, sample, alone)
     separate = assemble(alone, batches, outcomes, rule, {})
     return agreement_with_separate(joint.judgements, separate.judgements, len(sample)), outcomes
