@@ -42,6 +42,7 @@ from morlaif_ray.feedback.questions import (
     plan_questions,
     random_assignment,
 )
+from morlaif_ray.feedback.status import doubts_in_words
 from morlaif_ray.principles import load_principles
 from morlaif_ray.types import Judgement, ResponsePair
 
@@ -101,6 +102,8 @@ def run(context: JobContext) -> None:
         selection.write(folder)
     shutil.rmtree(stage.work_dir, ignore_errors=True)
     write_answers(context, {pair.pair_id for pair in pairs}, recipe)
+    for line in doubts_in_words(ledger_path(context)):
+        context.reporter.line(line)
 
 
 def discounts(outcomes: Sequence[BatchOutcome]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ def describe(status: Status, now_s: float | None = None) -> list[str]:
     """The status as lines for people."""
     now_s = time.time() if now_s is None else now_s
     lines = [*_progress_lines(status, now_s), _money_line(status.totals)]
-    lines += _doubt_lines(status)
+    lines += _doubt_lines(status.unconfirmed)
     if status.principles:
         lines.append("principle              answers   position bias   agreement with people (95%)")
     for entry in status.principles:
@@ -279,12 +279,18 @@ def _money_line(totals: Totals) -> str:
     return line
 
 
-def _doubt_lines(status: Status) -> list[str]:
-    requests = sum(entry.requests for entry in status.unconfirmed)
+def doubts_in_words(ledger_path: Path) -> list[str]:
+    """What may have been billed beside what is known, in one line; none where there is no doubt."""
+    with _opened(ledger_path) as db:
+        return _doubt_lines(read_unconfirmed(db))
+
+
+def _doubt_lines(unconfirmed: Sequence[Unconfirmed]) -> list[str]:
+    requests = sum(entry.requests for entry in unconfirmed)
     if not requests:
         return []
-    usd = sum(entry.usd for entry in status.unconfirmed)
-    reasons = "; ".join(f"{entry.requests} x {entry.doubt}" for entry in status.unconfirmed)
+    usd = sum(entry.usd for entry in unconfirmed)
+    reasons = "; ".join(f"{entry.requests} x {entry.doubt}" for entry in unconfirmed)
     return [
         f"possibly ${usd:,.4f} more, at most: {requests} requests were sent and no answer came, so whether they were "
         f"billed is not known ({reasons}); budget_usd counts them"
