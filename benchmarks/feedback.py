@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,7 @@ def main() -> None:
     if options.driver:
         run_driver(json.loads(options.driver))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # scratch folders go, too
     parts: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
         "rate": measure_rate,
         "cpu": measure_cpu,

@@ -6,6 +6,7 @@ The server's answers are a known function of pair and phrase, so the ledger can 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import signal
@@ -38,6 +39,8 @@ DRIVER_KILLS = (0.2, 0.4, 0.6)
 FAULT_SHARE = 0.2
 TIMEOUT_S = 3.0
 PART_TIMEOUT_S = 1800.0
+START_S = 120.0
+"""Longest wait for a run's workers to be up."""
 
 
 def run_driver(task: dict[str, Any]) -> None:
@@ -85,8 +88,9 @@ def measure_faults(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
         for number in range(options.worker_kills):
             if _wait_rows(driver, ledger, (0.65 + 0.05 * number) * questions):
                 workers = workers or _workers_of(driver)  # the first four, not their successors
-                workers[number].kill()
-                kills["worker"] += 1
+                for victim in workers[number : number + 1]:  # none where the run ended too soon
+                    victim.kill()
+                    kills["worker"] += 1
         driver.wait(timeout=PART_TIMEOUT_S)
         assert driver.returncode == 0, driver.returncode
         stats = provider.stats()
@@ -114,8 +118,15 @@ def _wait_rows(driver: subprocess.Popen[bytes], ledger: Path, rows: float) -> bo
 
 
 def _workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    children = psutil.Process(driver.pid).children(recursive=True)
-    return [child for child in children if child.name().startswith("ray::FeedbackWo")]
+    """All of them: the run asks as soon as one is up, the others follow."""
+    found: list[psutil.Process] = []
+    deadline_s = time.monotonic() + START_S
+    while len(found) < WORKERS and driver.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+        with contextlib.suppress(psutil.Error):  # some process has just ended
+            children = psutil.Process(driver.pid).children(recursive=True)
+            found = [child for child in children if child.name().startswith("ray::FeedbackWo")]
+    return found
 
 
 def _check(

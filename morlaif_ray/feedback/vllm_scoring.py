@@ -115,7 +115,7 @@ def _cache_bytes(judge: LocalJudge, path: str, max_length: int) -> int:
     kept = getattr(config, "num_key_value_heads", None) or heads
     per_token = 2 * config.num_hidden_layers * kept * width * (4 if judge.dtype == "float32" else 2)
     blocks = 4 * (-(-max_length // BLOCK_TOKENS) + 1) + 3 * max(judge.batch_size, 16)
-    return max(64 << 20, blocks * BLOCK_TOKENS * per_token)
+    return max(64 << 20, int(blocks * BLOCK_TOKENS * per_token))
 
 
 def _first_line(error: BaseException) -> str:
