@@ -69,6 +69,9 @@ class Dispatch:
     def _loop(self) -> None:
         import ray
 
+        self._feed()
+        self._pool.wait_until_started()
+        self._signs = [(-1, time.monotonic()) for _ in self._pool.workers]
         while self._queue or self._under_way:
             self._feed()
             ready, _ = ray.wait(list(self._under_way), num_returns=1, timeout=POLL_S)

@@ -1,7 +1,7 @@
 """Async workers that ask the judge, and the driver's side that hands them batches and survives their death.
 
     FeedbackPool.answer(batches) -> FeedbackWorker.work(batch) (N actors) -> BatchOutcome
-                                      | lookup, append           | acquire, pause
+                                      | lookup, announce, append | acquire, pause
                                     ledger_writer (1 actor)    rate_limiter (1 actor, only with limits or a budget)
 
 A worker looks its batch up in the ledger first, so a batch that is sent again (worker killed, driver killed, extra
@@ -11,6 +11,7 @@ round) asks only what is not yet paid. That lets Ray restart workers and repeat 
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,6 +83,7 @@ class FeedbackPool:
         self._ledger: Any = None
         self._limiter: Any = None
         self.workers: list[Any] = []
+        self._starting: list[Any] = []
         self.num_recorded_before = 0
         """Answers in the ledger when the pool started."""
 
@@ -130,15 +132,31 @@ class FeedbackPool:
             )
             for _ in range(feedback.num_workers)
         ]
-        # The ledger first: a second run on the same ledger must hear that, not a time-out of its workers.
-        self.num_recorded_before = int(self._get([self._ledger.open.remote()])[0])
-        self._get([worker.start.remote() for worker in self.workers])
+        # Not repeated where a worker dies: its batches are, and they start what they find not started.
+        self._starting = [
+            worker.start.options(max_task_retries=0).remote() for worker in self.workers
+        ]
+        # A second run on the same ledger must hear that, not a time-out of its workers.
+        self.num_recorded_before = int(
+            self._get([self._ledger.open.remote()], self._start_timeout_s)[0]
+        )
 
-    def _get(self, refs: list[Any]) -> list[Any]:
+    def wait_until_started(self) -> None:
+        """Raises what kept a worker from starting: a missing key, no room in the cluster, a model that cannot judge.
+
+        Called when the first batches are handed out already: a worker that is up need not wait for the others.
+        """
+        starting, self._starting = self._starting, []
+        deadline_s = time.monotonic() + self._start_timeout_s
+        for ref in starting:
+            with contextlib.suppress(ActorLostError):  # if it died for good, its batch will tell
+                self._get([ref], max(0.0, deadline_s - time.monotonic()))
+
+    def _get(self, refs: list[Any], timeout_s: float) -> list[Any]:
         import ray
 
         try:
-            return list(ray.get(refs, timeout=self._start_timeout_s))
+            return list(ray.get(refs, timeout=timeout_s))
         except ray.exceptions.RayTaskError as error:
             raise own_error(error) from None
         except ray.exceptions.GetTimeoutError:

@@ -22,6 +22,7 @@ from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.feedback.asking import AnswerLedger, BatchOutcome, BatchRunner
 from morlaif_ray.feedback.breaker import News
 from morlaif_ray.feedback.headers import RateHints
+from morlaif_ray.feedback.intents import Intent, Settled
 from morlaif_ray.feedback.judges import answer_tokens, build_feedback_client
 from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
 from morlaif_ray.feedback.permits import Limiter
@@ -65,8 +66,23 @@ class RemoteLedger:
         )
         return found
 
-    async def append(self, rows: Sequence[LedgerRow], failures: Sequence[FailureRow]) -> None:
-        await _call(self._handle.append, "ledger", self._timeout_s, list(rows), list(failures))
+    async def announce(self, intents: Sequence[Intent]) -> None:
+        await _call(self._handle.announce, "ledger", self._timeout_s, list(intents))
+
+    async def append(
+        self,
+        rows: Sequence[LedgerRow],
+        failures: Sequence[FailureRow],
+        settled: Sequence[Settled],
+    ) -> None:
+        await _call(
+            self._handle.append,
+            "ledger",
+            self._timeout_s,
+            list(rows),
+            list(failures),
+            list(settled),
+        )
 
 
 class RemoteLimiter:

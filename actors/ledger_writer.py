@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from morlaif_ray.feedback.intents import Intent, Settled
 from morlaif_ray.feedback.ledger import FailureRow, Ledger, LedgerRow, StoredAnswer
 
 if TYPE_CHECKING:
@@ -29,16 +30,21 @@ class LedgerRecipe:
 
 
 class LedgerWriter:
-    def __init__(self, path: Path, recipe: LedgerRecipe, *, lock_wait_s: float = 10.0) -> None:
+    """`run` names the run, so that a writer which was restarted knows which requests are still in flight."""
+
+    def __init__(
+        self, path: Path, recipe: LedgerRecipe, *, lock_wait_s: float = 10.0, run: str = ""
+    ) -> None:
         self._path = path
         self._recipe = recipe
         self._lock_wait_s = lock_wait_s
+        self._run = run
         self._opened: Ledger | None = None
 
     @property
     def _ledger(self) -> Ledger:
         if self._opened is None:
-            self._opened = Ledger(self._path, lock_wait_s=self._lock_wait_s)
+            self._opened = Ledger(self._path, lock_wait_s=self._lock_wait_s, run=self._run)
             self._opened.register(self._recipe.recipe, self._recipe.judge, self._recipe.template)
         return self._opened
 
@@ -52,11 +58,20 @@ class LedgerWriter:
     def recorded(self, keys: Sequence[bytes]) -> list[bool]:
         return self._ledger.recorded(keys)
 
-    def append(self, rows: Sequence[LedgerRow], failures: Sequence[FailureRow]) -> None:
-        self._ledger.append(self._recipe.recipe, rows, failures)
+    def announce(self, intents: Sequence[Intent]) -> None:
+        self._ledger.announce(intents)
+
+    def append(
+        self,
+        rows: Sequence[LedgerRow],
+        failures: Sequence[FailureRow],
+        settled: Sequence[Settled] = (),
+    ) -> None:
+        self._ledger.append(self._recipe.recipe, rows, failures, settled)
 
     def spent_usd(self) -> float:
-        return self._ledger.spent_usd
+        """What a budget counts with: requests whose outcome nobody knows included."""
+        return self._ledger.possibly_spent_usd
 
     def close(self) -> None:
         if self._opened is not None:
@@ -79,4 +94,4 @@ def spawn_ledger_writer(
         max_restarts=max_restarts,
         max_task_retries=max_restarts,
         scheduling_strategy=here,
-    ).remote(path, recipe, lock_wait_s=lock_wait_s)
+    ).remote(path, recipe, lock_wait_s=lock_wait_s, run=name)

@@ -8,12 +8,15 @@ All servers are on loopback and processes of their own. Last line: one JSON obje
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.feedback_faults import measure_faults, run_driver
+from benchmarks.feedback_faults import DRIVER_KILLS, WORKERS, measure_faults, run_driver
 from benchmarks.feedback_parts import (
     KEY_ENV,
     bare_client,
@@ -37,6 +40,7 @@ from benchmarks.feedback_parts import (
     resident_mb,
     system_processes,
 )
+from morlaif_ray.errors import FeedbackError
 
 LIMITS = {
     "rate_utilisation": "at least 0.98",
@@ -56,12 +60,15 @@ REQUESTS_PER_MINUTE = 6000.0
 def main() -> None:
     options = parse()
     os.environ[KEY_ENV] = load_server().KEY
+    if options.bare or options.driver:
+        load_server().end_with_stdin()
     if options.bare:
         bare_client(options.bare, options.cpu_questions, options.in_flight)
         return
     if options.driver:
         run_driver(json.loads(options.driver))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # scratch folders go, too
     parts: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
         "rate": measure_rate,
         "cpu": measure_cpu,
@@ -81,8 +88,12 @@ def main() -> None:
         f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, "
         f"load {os.getloadavg()[0]:.1f}"
     )
+    if options.quick:
+        figures["quick"] = True
+        print("quick run: sizes too small to hold against any limit; it shows that all parts work")
+    limits = {} if options.quick else LIMITS
     for name, value in figures.items():
-        print(f"{name:34s} {value}" + (f"   ({LIMITS[name]})" if name in LIMITS else ""))
+        print(f"{name:34s} {value}" + (f"   ({limits[name]})" if name in limits else ""))
     print(json.dumps(figures))
 
 
@@ -90,23 +101,32 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes, about two minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small sizes, about two minutes; figures that no limit is held against",
+    )
     parser.add_argument("--only", default="rate,cpu,memory,ledger,faults,prefix")
     sizes = {
-        "--rate-seconds": (60, 10),
-        "--rate-seconds-short": (20, 6),
-        "--cpu-questions": (12_000, 2_000),
+        "--rate-seconds": (60, 5),
+        "--rate-seconds-short": (20, 3),
+        "--cpu-questions": (12_000, 1_000),
         "--in-flight": (64, 64),
-        "--memory-questions": (500_000, 40_000),
-        "--ledger-rows": (1_000_000, 100_000),
-        "--fault-questions": (50_000, 2_000),
+        "--memory-questions": (500_000, 12_000),
+        "--ledger-rows": (1_000_000, 20_000),
+        "--fault-questions": (50_000, 1_000),
     }
     quick = "--quick" in sys.argv
     for flag, (full, small) in sizes.items():
         parser.add_argument(flag, type=int, default=small if quick else full)
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--driver", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--prefix-rounds", type=int, default=2 if quick else 9)
+    options = parser.parse_args()
+    # A quick run still has all four sizes of the pool, one killed driver and one killed worker.
+    options.driver_kills = DRIVER_KILLS[:1] if options.quick else DRIVER_KILLS
+    options.worker_kills = 1 if options.quick else WORKERS
+    return options
 
 
 # ---------------------------------------------------------------- rate
@@ -165,6 +185,7 @@ def measure_cpu(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         plan = make_plan(feedback)
         batches = make_batches(plan, count)
         with local_ray(), make_pool(feedback, plan, scratch / "cpu.sqlite") as pool:
+            pool.wait_until_started()
             ours, system = our_processes(), system_processes()
             before, system_before, wall_s = cpu_s(ours), cpu_s(system), time.monotonic()
             outcomes = pool.answer(batches)
@@ -188,8 +209,13 @@ def _bare(url: str, options: argparse.Namespace) -> float:
         f"--cpu-questions={options.cpu_questions}",
         f"--in-flight={options.in_flight}",
     ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout.strip().splitlines()[-1])["cpu_s"])
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as bare:
+        assert bare.stdout is not None
+        printed = bare.stdout.read()
+    assert bare.returncode == 0, bare.returncode
+    return float(json.loads(printed.strip().splitlines()[-1])["cpu_s"])
 
 
 # ---------------------------------------------------------------- memory
@@ -210,6 +236,7 @@ def measure_memory(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
     samples: list[tuple[int, float]] = []
     done = 0
     with local_ray(), make_pool(feedback, plan, scratch / "memory.sqlite") as pool:
+        pool.wait_until_started()
         processes = our_processes()
 
         def progress(count: int) -> None:
@@ -278,14 +305,18 @@ def measure_ledger(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
             started_s = time.time()
             with make_pool(feedback, plan, path) as pool:
                 ready_s = time.time() - started_s
-                from threading import Thread
-
-                Thread(target=pool.answer, args=([*recorded, last],), daemon=True).start()
+                asking = threading.Thread(
+                    target=_answer_until_stopped, args=(pool, [*recorded, last]), daemon=True
+                )
+                asking.start()
                 while (
                     not (stats := provider.stats())["arrivals_s"] and time.time() - started_s < 120
                 ):
                     time.sleep(0.02)
                 first_s = stats["arrivals_s"][0] - started_s
+                for worker in pool.workers:
+                    worker.stop.options(concurrency_group="control").remote()
+                asking.join(60.0)
     return {
         "ledger_rows_per_s": round(rows_done / seconds),
         "ledger_rows_per_cpu_s": round(rows_done / cpu),
@@ -293,8 +324,13 @@ def measure_ledger(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
         "ledger_close_s": round(close_s, 2),
         "ledger_mb": round(path.stat().st_size / 1e6),
         "resume_1m_rows_s": round(first_s, 2),
-        "resume_actors_started_s": round(ready_s, 2),
+        "resume_ledger_opened_s": round(ready_s, 2),
     }
+
+
+def _answer_until_stopped(pool: Any, batches: list[Any]) -> None:
+    with contextlib.suppress(FeedbackError):  # "stopped": the first request is all that is timed
+        pool.answer(batches)
 
 
 # ---------------------------------------------------------------- prefix reuse
@@ -306,7 +342,7 @@ def measure_prefix(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
         from benchmarks.local_judge import measure_prefix_ratio
     except ImportError:
         return {"prefix_time_ratio_12_vs_1": None}
-    found = measure_prefix_ratio()
+    found = measure_prefix_ratio(options.prefix_rounds)
     ratio = found.get("prefix_time_ratio_12_vs_1") if isinstance(found, dict) else found
     return (found if isinstance(found, dict) else {}) | {"prefix_time_ratio_12_vs_1": ratio}
 

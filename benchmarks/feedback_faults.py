@@ -6,6 +6,7 @@ The server's answers are a known function of pair and phrase, so the ledger can 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import signal
@@ -29,11 +30,17 @@ from benchmarks.feedback_parts import (
     make_pool,
     rows_of,
 )
+from morlaif_ray.feedback.ledger import KILLED
+from morlaif_ray.feedback.ledger_schema import read_unconfirmed
 
 WORKERS = 4
+DRIVER_KILLS = (0.2, 0.4, 0.6)
+"""Shares of the judgements at which the driver is killed."""
 FAULT_SHARE = 0.2
 TIMEOUT_S = 3.0
 PART_TIMEOUT_S = 1800.0
+START_S = 120.0
+"""Longest wait for a run's workers to be up."""
 
 
 def run_driver(task: dict[str, Any]) -> None:
@@ -69,7 +76,7 @@ def measure_faults(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
     started_s = time.monotonic()
     with server.FaultyServer(settings) as provider:
         task = {"url": provider.url, "scratch": str(scratch), "questions": questions}
-        for share in (0.2, 0.4, 0.6):
+        for share in options.driver_kills:
             driver = _start(task)
             if _wait_rows(driver, ledger, share * questions):
                 driver.send_signal(signal.SIGKILL)
@@ -78,11 +85,12 @@ def measure_faults(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
             time.sleep(3.0)  # its actors notice that it is gone
         driver = _start(task)
         workers: list[psutil.Process] = []
-        for number in range(WORKERS):
+        for number in range(options.worker_kills):
             if _wait_rows(driver, ledger, (0.65 + 0.05 * number) * questions):
                 workers = workers or _workers_of(driver)  # the first four, not their successors
-                workers[number].kill()
-                kills["worker"] += 1
+                for victim in workers[number : number + 1]:  # none where the run ended too soon
+                    victim.kill()
+                    kills["worker"] += 1
         driver.wait(timeout=PART_TIMEOUT_S)
         assert driver.returncode == 0, driver.returncode
         stats = provider.stats()
@@ -95,7 +103,8 @@ def measure_faults(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
 
 def _start(task: dict[str, Any]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "benchmarks.feedback", "--driver", json.dumps(task)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    # It ends with the pipe, so with this process, however that ends.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
 def _wait_rows(driver: subprocess.Popen[bytes], ledger: Path, rows: float) -> bool:
@@ -109,8 +118,15 @@ def _wait_rows(driver: subprocess.Popen[bytes], ledger: Path, rows: float) -> bo
 
 
 def _workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    children = psutil.Process(driver.pid).children(recursive=True)
-    return [child for child in children if child.name().startswith("ray::FeedbackWo")]
+    """All of them: the run asks as soon as one is up, the others follow."""
+    found: list[psutil.Process] = []
+    deadline_s = time.monotonic() + START_S
+    while len(found) < WORKERS and driver.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+        with contextlib.suppress(psutil.Error):  # some process has just ended
+            children = psutil.Process(driver.pid).children(recursive=True)
+            found = [child for child in children if child.name().startswith("ray::FeedbackWo")]
+    return found
 
 
 def _check(
@@ -124,6 +140,7 @@ def _check(
             "SELECT key, pair_id, principle, slot, log_odds, reason, cost_usd FROM answers"
         ).fetchall()
         failed = db.execute("SELECT count(*) FROM failures").fetchone()[0]
+        doubts = {entry.doubt: (entry.requests, entry.usd) for entry in read_unconfirmed(db)}
     plan = type(plan)(plan.principles, plan.orders, plan.seed, recipe)
     wanted = {
         question.key: (batch.pairs[number // plan.per_pair].pair_id, question)
@@ -143,6 +160,8 @@ def _check(
         elif log_odds is None or not math.isclose(log_odds, truth, abs_tol=1e-6):
             mislabelled += 1
     spent = math.fsum(row[6] for row in rows)
+    died, unread = doubts.get(KILLED, (0, 0.0)), [v for k, v in doubts.items() if k != KILLED]
+    at_most = spent + died[1]
     return {
         "faults_questions": len(wanted),
         "faults_lost": sum(key not in times for key in wanted),
@@ -154,5 +173,10 @@ def _check(
         "faults_paid_but_lost_to_kills": stats["answered"] - len(rows),
         "faults_spend_ledger_usd": round(spent, 6),
         "faults_spend_server_usd": round(stats["billed_usd"], 6),
+        "faults_spend_unconfirmed_usd": round(died[1], 6),
+        "faults_unconfirmed_requests": died[0],
+        "faults_spend_within_bounds": spent - 1e-9 <= stats["billed_usd"] <= at_most + 1e-9,
+        "faults_unreadable_attempts": sum(requests for requests, _ in unread),
+        "faults_unreadable_attempts_usd": round(math.fsum(usd for _, usd in unread), 6),
         "faults_by_kind": stats["faults"],
     }

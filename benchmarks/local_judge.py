@@ -1,6 +1,6 @@
 """What the `local` judge's shared prefix saves: 12 principles on one pair against one principle.
 
-    python -m benchmarks.local_judge [--rounds 9] [--threads 1]
+    python -m benchmarks.local_judge [--rounds 9] [--threads 1] [--engine auto|vllm|transformers]
 
 A Llama of about 25 million untrained parameters is made on the spot; its answers mean nothing, its arithmetic is a real
 judge's. Each round times, on a pair of its own of about 400 tokens, one question and then twelve; the figure is the
@@ -36,15 +36,16 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
     options = parser.parse_args()
-    figures = measure_prefix_ratio(rounds=options.rounds, threads=options.threads)
+    figures = measure_prefix_ratio(options.rounds, options.threads, options.engine)
     for name, value in figures.items():
         limit = f"   (limit {RATIO_LIMIT:g})" if name == "prefix_time_ratio_12_vs_1" else ""
         print(f"{name:34s} {value}{limit}")
     print(json.dumps(figures))
 
 
-def measure_prefix_ratio(rounds: int = 9, threads: int = 1) -> dict[str, Any]:
+def measure_prefix_ratio(rounds: int = 9, threads: int = 1, engine: str = "auto") -> dict[str, Any]:
     """All figures of the module, by JSON key. Sets torch's number of threads for the time of the measurement."""
     import torch
 
@@ -54,16 +55,17 @@ def measure_prefix_ratio(rounds: int = 9, threads: int = 1) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "judge"
             num_parameters = make_judge(folder)
-            return {"prefix_judge_parameters": num_parameters, **_measure(folder, rounds)}
+            return {"prefix_judge_parameters": num_parameters, **_measure(folder, rounds, engine)}
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(folder: Path, rounds: int) -> dict[str, Any]:
+def _measure(folder: Path, rounds: int, engine: str) -> dict[str, Any]:
     from morlaif_ray.config.judging import LocalJudge
     from morlaif_ray.feedback.judges import build_client
 
-    client: Any = build_client(LocalJudge(model=str(folder)), seed=0)
+    judge = LocalJudge.model_validate({"model": str(folder), "engine": engine})
+    client: Any = build_client(judge, seed=0)
     pairs = [_questions(client, number) for number in range(rounds + 1)]
 
     def timed(questions: Sequence[Any]) -> tuple[_Spent, list[Any]]:
@@ -85,6 +87,7 @@ def _measure(folder: Path, rounds: int) -> dict[str, Any]:
     ratios = [twelve.wall_s / one.wall_s for one, twelve in zip(ones, twelves, strict=True)]
     cpu_ratios = [twelve.cpu_s / one.cpu_s for one, twelve in zip(ones, twelves, strict=True)]
     return {
+        "prefix_engine": "transformers" if client._vllm is None else "vllm",
         "prefix_time_ratio_12_vs_1": round(statistics.median(ratios), 3),
         "prefix_time_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "prefix_cpu_ratio_12_vs_1": round(statistics.median(cpu_ratios), 3),

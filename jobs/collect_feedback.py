@@ -42,6 +42,7 @@ from morlaif_ray.feedback.questions import (
     plan_questions,
     random_assignment,
 )
+from morlaif_ray.feedback.status import doubts_in_words
 from morlaif_ray.principles import load_principles
 from morlaif_ray.types import Judgement, ResponsePair
 
@@ -75,6 +76,7 @@ def run(context: JobContext) -> None:
         seed=config.seed,
         recipe=recipe,
         joint=feedback.joint,
+        strengths=feedback.joint_answer == "strength",
     )
     rule = CombineRule(feedback.tie_threshold, feedback.min_answer_mass)
 
@@ -100,6 +102,8 @@ def run(context: JobContext) -> None:
         selection.write(folder)
     shutil.rmtree(stage.work_dir, ignore_errors=True)
     write_answers(context, {pair.pair_id for pair in pairs}, recipe)
+    for line in doubts_in_words(ledger_path(context)):
+        context.reporter.line(line)
 
 
 def discounts(outcomes: Sequence[BatchOutcome]) -> dict[str, float]:
@@ -169,7 +173,7 @@ def _check_joint(
         return agreement_with_separate([], [], 0), []
     # "general" is asked alone in the main plan already: here it would be counted twice.
     asked = tuple(entry for entry in plan.principles if entry[0] != GENERAL)
-    alone = replace(plan, principles=asked, joint=1, orders="both")
+    alone = replace(plan, principles=asked, joint=1, orders="both", strengths=False)
     batches, outcomes = _ask(context, sample, alone)
     separate = assemble(alone, batches, outcomes, rule, {})
     return agreement_with_separate(joint.judgements, separate.judgements, len(sample)), outcomes

@@ -104,6 +104,8 @@ class OpenAIBatchJudge(_OpenAIOptions):
     """Seconds between two looks at the open batches."""
     price_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Batch price over list price."""
+    delete_files: bool = False
+    """Deletes a batch's files at the provider once its answers are in the ledger; else they stay until they expire."""
 
 
 class LocalJudge(Section):
@@ -114,8 +116,8 @@ class LocalJudge(Section):
     """A folder saved by save_pretrained, or a hub id."""
     revision: str | None = None
     """Of a hub id; name one, so that a model which changes there is another judge."""
-    engine: Literal["auto", "transformers"] = "auto"
-    """For vLLM, start its OpenAI-compatible server and use kind: openai (docs/local-judge.md)."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """auto: vLLM where it is installed, else transformers. Their answers agree up to rounding and share ledger keys."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_length: PositiveInt | None = None
     """Tokens of a prompt; None: what the model can read. A longer pair loses its oldest turns first, then the ends of
@@ -164,6 +166,9 @@ class FeedbackConfig(Section):
     """Principles per request. Above 1 (`openai`, `openai_batch`): one JSON answer for several, with hard labels."""
     joint_check_share: Share = 0.02
     """Share of the pairs that are asked separately too, to measure the agreement of joint with separate questions."""
+    joint_answer: Literal["letter", "strength"] = "letter"
+    """strength: a joint answer gives each principle a number from 0 (surely B) to 100 (surely A), read as a soft
+    preference, instead of a letter. Answers of the two kinds have different ledger keys."""
     principles_dir: Path | None = None
     """A folder of further principle files; they win over the shipped ones of the same name."""
     select: SelectionConfig = SelectAll()
@@ -192,6 +197,15 @@ class FeedbackConfig(Section):
     """None: `<run>/ledger/feedback.sqlite`. Share one between runs to pay for each judgement once."""
     retry_failed: NonNegativeInt = 1
     """Extra rounds over failed questions before they count as missing."""
+
+    @model_validator(mode="after")
+    def _examples_are_letters(self) -> FeedbackConfig:
+        if self.joint_answer == "strength" and self.few_shot:
+            raise ValueError(
+                "feedback.few_shot shows answers that are letters, but joint_answer is strength; leave out few_shot, "
+                "or write joint_answer: letter"
+            )
+        return self
 
     @model_validator(mode="after")
     def _joint_needs_a_judge_that_writes(self) -> FeedbackConfig:

@@ -29,6 +29,7 @@ from morlaif_ray.feedback.client import (
 )
 from morlaif_ray.feedback.concurrency import Gate, start_concurrency
 from morlaif_ray.feedback.headers import ReportsLimits
+from morlaif_ray.feedback.intents import Announcer
 from morlaif_ray.feedback.joint import answers_for, joint_question
 from morlaif_ray.feedback.permits import Limiter, Permits
 from morlaif_ray.feedback.prices import Price, estimate_tokens
@@ -36,6 +37,7 @@ from morlaif_ray.feedback.questions import PairBatch, QuestionPlan
 from morlaif_ray.feedback.rate import Cost
 from morlaif_ray.feedback.recording import AnswerLedger, BatchOutcome, BatchRecord, answer_row
 from morlaif_ray.feedback.retry import Abort, Retry, RetryPolicy, decide
+from morlaif_ray.seeding import stable_hash
 
 __all__ = ["BREAKER_FAILURES", "AnswerLedger", "BatchOutcome", "BatchRunner"]
 
@@ -74,8 +76,10 @@ class BatchRunner:
         self._answer_tokens = answer_tokens  # the most that an answer may have
         self._head_tokens = head_tokens  # of system prompt and examples, in every request
         self._permits = Permits(limiter, self._beat) if limiter is not None else None
+        # What costs nothing need not be accounted for.
+        self._announcer = Announcer(ledger) if price.cost_usd(1.0, 1.0) > 0.0 else None
         self._gate = Gate(start_concurrency(max_in_flight))
-        self._failures_in_row = 0
+        self._streak = _Streak()
         self._stop: FeedbackError | None = None
         self.signs_of_life = 0
         """Grows with every attempt, answer and wait; a runner whose count stands still hangs."""
@@ -146,7 +150,7 @@ class BatchRunner:
                 costs = [await self._permit(question) for question in questions]
                 self.signs_of_life += 1
                 started_s = time.perf_counter()
-                answers = await self._patiently(client.ask_many(questions))
+                answers = await _patiently(client.ask_many(questions), self._beat)
             except FeedbackError as error:
                 self._stop = self._stop or error
                 return
@@ -159,18 +163,6 @@ class BatchRunner:
                     await self._record((number,), record, answer, cost, latency_s, 1)
             self.done[record.index] += len(numbers)
 
-    async def _patiently(
-        self, call: Coroutine[Any, Any, list[RawAnswer | AttemptError]]
-    ) -> list[RawAnswer | AttemptError]:
-        """A call that computes for minutes (a large model on a CPU) is not a hang; one of an hour is."""
-        task = asyncio.create_task(call)
-        started_s = time.monotonic()
-        while not task.done():
-            await asyncio.wait({task}, timeout=BEAT_S)
-            if time.monotonic() - started_s < CALL_PATIENCE_S:
-                self.signs_of_life += 1
-        return task.result()
-
     async def _answer(self, numbers: tuple[int, ...], record: BatchRecord) -> None:
         """Asks one request until it is answered, given up, or hopeless (FeedbackError).
 
@@ -180,10 +172,17 @@ class BatchRunner:
         attempt = 0
         while True:
             attempt += 1
-            cost = await self._permit(question)
+            # Announced first: a request whose time has come must not wait for a disk, or many would start at once.
+            ticket = await self._announce(numbers, record, question)
+            try:
+                cost = await self._permit(question)
+            except FeedbackError:
+                record.settle(ticket)
+                raise
             async with self._gate:
                 if self._stop is not None:
                     self._settle(cost, NOTHING)
+                    record.settle(ticket)
                     return
                 self.signs_of_life += 1
                 started_s = time.perf_counter()
@@ -194,10 +193,12 @@ class BatchRunner:
                 else:
                     latency_s = time.perf_counter() - started_s
                     self._after_success()
+                    record.settle(ticket)
                     await self._record(numbers, record, raw, cost, latency_s, attempt)
                     return
+                record.settle(ticket, failure.doubt)
                 self._note_failure(failure, cost)
-            reason = await self._after_failure(failure, attempt)
+            reason = await self._after_failure(failure, attempt, question.prompt)
             if reason:
                 for number in numbers:
                     if not record.has(number):
@@ -221,14 +222,25 @@ class BatchRunner:
             question, pair_id = record.questions[number], record.pair_of(number)
             await record.add(answer_row(question, pair_id, answer, self._price, latency_s, attempt))
 
-    async def _permit(self, question: Question) -> Cost | None:
-        if self._permits is None:
+    async def _announce(
+        self, numbers: tuple[int, ...], record: BatchRecord, question: Question
+    ) -> int | None:
+        if self._announcer is None:
             return None
+        key = record.questions[numbers[0]].key
+        return await self._announcer.announce(key, self._estimate(question).usd)
+
+    def _estimate(self, question: Question) -> Cost:
         tokens = self._head_tokens + estimate_tokens(
             question.prompt, question.first, question.second, question.phrase
         )
         answer = self._answer_tokens(question)
-        cost = Cost(tokens + answer, self._price.cost_usd(tokens, answer))
+        return Cost(tokens + answer, self._price.cost_usd(tokens, answer))
+
+    async def _permit(self, question: Question) -> Cost | None:
+        if self._permits is None:
+            return None
+        cost = self._estimate(question)
         await self._permits.take(cost)
         return cost
 
@@ -237,7 +249,7 @@ class BatchRunner:
             self._permits.settle(estimated, actual)
 
     def _after_success(self) -> None:
-        self._failures_in_row = 0
+        self._streak = _Streak()
         self._gate.succeeded()
         if self._permits is not None:
             self._permits.succeeded()
@@ -246,7 +258,7 @@ class BatchRunner:
     def _note_failure(self, error: AttemptError, cost: Cost | None) -> None:
         """What an attempt that failed means for concurrency, breaker and budget."""
         self.last_error = str(error)
-        self._settle(cost, NOTHING)
+        self._settle(cost, cost if error.doubt and cost is not None else NOTHING)
         if error.kind in ("rate_limit", "timeout"):
             self._gate.overloaded(time.monotonic())
         if self._permits is None:
@@ -261,7 +273,7 @@ class BatchRunner:
         if hints is not None and self._permits is not None:
             self._permits.learn(hints)
 
-    async def _after_failure(self, error: AttemptError, attempt: int) -> str:
+    async def _after_failure(self, error: AttemptError, attempt: int, prompt: str) -> str:
         """Waits and returns "" to try again, or the reason to give up. FeedbackError when all is hopeless."""
         step = decide(error, attempt, self._policy, random.random())
         if isinstance(step, Abort):
@@ -271,12 +283,7 @@ class BatchRunner:
                 await self._permits.pause(step.wait_s)
             await self._sleep(step.wait_s)
             return "" if self._stop is None else "stopped before an answer came"
-        self._failures_in_row += 1
-        if self._failures_in_row >= BREAKER_FAILURES:
-            raise FeedbackError(
-                f"the judge failed {BREAKER_FAILURES} questions in a row, last: {step.reason}; answers so far are "
-                f"in the ledger, run the same command again when the judge is back"
-            )
+        self._streak.gave_up(error, step.reason, prompt)
         return step.reason
 
     async def _sleep(self, seconds: float) -> None:
@@ -285,6 +292,47 @@ class BatchRunner:
         while (left_s := deadline - time.monotonic()) > 0 and self._stop is None:
             await asyncio.sleep(min(left_s, 1.0))
             self.signs_of_life += 1
+
+
+class _Streak:
+    """Questions given up since the last answer: when they mean that nothing can go on."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._refused: set[str] = set()
+
+    def gave_up(self, error: AttemptError, reason: str, prompt: str) -> None:
+        """FeedbackError at BREAKER_FAILURES questions, or at so many different prompts where the judge refused them.
+
+        A pair that the judge refuses (too long, say) tells nothing of the next pair.
+        """
+        if error.kind == "bad_request":
+            self._refused.add(stable_hash(prompt))
+            if len(self._refused) >= BREAKER_FAILURES:
+                raise FeedbackError(
+                    f"the judge refused the questions on {BREAKER_FAILURES} prompts in a row, last: {reason}; correct "
+                    f"the judge's options, or set feedback.max_prompt_tokens where it says that they are too long"
+                )
+            return
+        self._failures += 1
+        if self._failures >= BREAKER_FAILURES:
+            raise FeedbackError(
+                f"the judge failed {BREAKER_FAILURES} questions in a row, last: {reason}; answers so far are "
+                f"in the ledger, run the same command again when the judge is back"
+            )
+
+
+async def _patiently(
+    call: Coroutine[Any, Any, list[RawAnswer | AttemptError]], beat: Callable[[], None]
+) -> list[RawAnswer | AttemptError]:
+    """A call that computes for minutes (a large model on a CPU) is not a hang; one of an hour is."""
+    task = asyncio.create_task(call)
+    started_s = time.monotonic()
+    while not task.done():
+        await asyncio.wait({task}, timeout=BEAT_S)
+        if time.monotonic() - started_s < CALL_PATIENCE_S:
+            beat()
+    return task.result()
 
 
 def _next_call(

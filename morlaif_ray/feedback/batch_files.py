@@ -1,6 +1,6 @@
 """Input and output files of the Batch API, as pure functions of their contents.
 
-    BatchRequest -> split_requests (provider's limits) -> JSONL -> ... -> read_lines -> merge -> Merged
+    BatchRequest -> split_requests (provider's limits) -> JSONL -> ... -> read_lines -> merge -> answers, failures
 
 One line of an input file is one request; its `custom_id` is the question's key in hex, so an answer finds its question
 whatever the order of the output. What cannot be read in an output file is a line that is missing, and is asked again.
@@ -9,7 +9,7 @@ whatever the order of the output. What cannot be read in an output file is a lin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +40,10 @@ class BatchRequest:
 
     custom_id: str
     line: bytes
-    """JSON without the line feed."""
+    """JSON without the line feed; empty where only the answer is read (`BatchJournal.index`)."""
     entries: tuple[Entry, ...]
     estimated_usd: float
     attempt: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """What one batch brought: every request is in exactly one of the two."""
-
-    answered: dict[str, RawAnswer]
-    failed: dict[str, AttemptError]
 
 
 def request_line(custom_id: str, body: dict[str, Any]) -> bytes:
@@ -90,43 +82,46 @@ def affordable(requests: Sequence[BatchRequest], usd_left: float) -> int:
     return len(requests)
 
 
-def read_lines(*files: bytes) -> dict[str, dict[str, Any]]:
-    """custom_id -> line of the output and error files. Unreadable lines are left out, the first of doubles counts."""
-    found: dict[str, dict[str, Any]] = {}
-    for content in files:
-        for line in content.splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("custom_id"), str):
-                known = found.get(entry["custom_id"])
-                # An answer wins over an error of the same request.
-                if known is None or (_status(known) != 200 and _status(entry) == 200):
-                    found[entry["custom_id"]] = entry
-    return found
+def read_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The lines of output and error files that can be read; the others count as missing."""
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("custom_id"), str):
+            yield entry
 
 
 def merge(
-    requests: Sequence[BatchRequest], lines: dict[str, dict[str, Any]], judge: OpenAIBatchJudge
-) -> Merged:
-    """The answers among the lines, and for every other request of the batch why it has none."""
-    answered: dict[str, RawAnswer] = {}
+    requests: Mapping[str, BatchRequest],
+    lines: Iterable[dict[str, Any]],
+    judge: OpenAIBatchJudge,
+    take: Callable[[BatchRequest, RawAnswer], None],
+) -> dict[str, AttemptError]:
+    """Gives each answer to `take`, once, as it comes; for every other request of the batch: why it has none.
+
+    Args:
+        requests: by custom_id. An answer wins over an error of the same request, the first of doubles counts.
+    """
+    left = dict(requests)
     failed: dict[str, AttemptError] = {}
-    for request in requests:
-        line = lines.get(request.custom_id)
+    for line in lines:
+        request = left.get(line["custom_id"])
+        if request is None:
+            continue
         try:
-            answered[request.custom_id] = _answer(request, line, judge)
+            answer = _answer(request, line, judge)
         except AttemptError as error:
-            failed[request.custom_id] = error
-    return Merged(answered, failed)
+            failed.setdefault(request.custom_id, error)
+        else:
+            del left[request.custom_id]
+            take(request, answer)
+    missing = AttemptError("server", "the batch brought no line for this request")
+    return {custom_id: failed.get(custom_id, missing) for custom_id in left}
 
 
-def _answer(
-    request: BatchRequest, line: dict[str, Any] | None, judge: OpenAIBatchJudge
-) -> RawAnswer:
-    if line is None:
-        raise AttemptError("server", "the batch brought no line for this request")
+def _answer(request: BatchRequest, line: dict[str, Any], judge: OpenAIBatchJudge) -> RawAnswer:
     status = _status(line)
     if status != 200:
         raise _line_error(line, status)

@@ -3,6 +3,7 @@
     <ledger>.batches/<name>.json            state of one submission: written -> uploaded -> submitted -> done
     <ledger>.batches/<name>.input.jsonl     what is uploaded; removed when done
     <ledger>.batches/<name>.requests.jsonl  which questions stand behind its lines; removed when done
+    <ledger>.batches/<name>.*.fetched       what came back, while it is read
 
 A submission's name is random and goes to the provider as the batch's metadata. So a driver that was killed between
 creating a batch and writing down its id finds that batch by name instead of paying for a second one.
@@ -14,7 +15,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -52,8 +53,8 @@ class BatchJournal:
         """Both files and the record of a new submission, on the disk before anything is sent."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"morlaif-{uuid.uuid4().hex}"
-        _write(self.input_path(name), b"".join(request.line + b"\n" for request in requests))
-        _write(self._requests_path(name), b"".join(_dump(request) for request in requests))
+        _write(self.input_path(name), (request.line + b"\n" for request in requests))
+        _write(self._requests_path(name), (_dump(request) for request in requests))
         submission = Submission(
             name,
             recipe,
@@ -68,7 +69,7 @@ class BatchJournal:
 
     def save(self, submission: Submission) -> None:
         payload = json.dumps(asdict(submission), indent=1).encode()
-        _write(self.folder / f"{submission.name}.json", payload)
+        _write(self.folder / f"{submission.name}.json", [payload])
 
     def advance(
         self,
@@ -91,6 +92,8 @@ class BatchJournal:
         if state == "done":
             self.input_path(submission.name).unlink(missing_ok=True)
             self._requests_path(submission.name).unlink(missing_ok=True)
+            for path in self.folder.glob(f"{submission.name}.*.fetched"):
+                path.unlink(missing_ok=True)
         return changed
 
     def unfinished(self, recipe: str) -> list[Submission]:
@@ -102,10 +105,28 @@ class BatchJournal:
         """Unfinished submissions of other judges or templates."""
         return sum(entry.state != "done" and entry.recipe != recipe for entry in self._all())
 
-    def requests(self, submission: Submission) -> list[BatchRequest]:
-        lines = self.input_path(submission.name).read_bytes().splitlines()
-        entries = self._requests_path(submission.name).read_bytes().splitlines()
-        return [_load(line, entry) for line, entry in zip(lines, entries, strict=True)]
+    def requests(
+        self, submission: Submission, wanted: Container[str] | None = None
+    ) -> Iterator[BatchRequest]:
+        """Those with a `custom_id` that is wanted, their lines included, one by one."""
+        with (
+            self.input_path(submission.name).open("rb") as lines,
+            self._requests_path(submission.name).open("rb") as records,
+        ):
+            for line, record in zip(lines, records, strict=True):
+                request = _load(line.rstrip(b"\n"), record)
+                if wanted is None or request.custom_id in wanted:
+                    yield request
+
+    def index(self, submission: Submission) -> dict[str, BatchRequest]:
+        """By custom_id and without their lines: what reading the answers needs."""
+        with self._requests_path(submission.name).open("rb") as records:
+            found = (_load(b"", record) for record in records)
+            return {request.custom_id: request for request in found}
+
+    def fetched_path(self, submission: Submission, kind: str) -> Path:
+        """Where an output or error file of the provider lies while it is read."""
+        return self.folder / f"{submission.name}.{kind}.fetched"
 
     def input_path(self, name: str) -> Path:
         return self.folder / f"{name}.input.jsonl"
@@ -140,12 +161,12 @@ def _load(line: bytes, record: bytes) -> BatchRequest:
     return BatchRequest(custom_id, line, found, estimated_usd, attempt)
 
 
-def _write(path: Path, payload: bytes) -> None:
+def _write(path: Path, payload: Iterable[bytes]) -> None:
     """Whole or not at all, and on the disk when this returns. FeedbackError where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(payload)
+            file.writelines(payload)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

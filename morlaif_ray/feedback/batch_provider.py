@@ -58,7 +58,9 @@ class BatchProvider(Protocol):
 
     def status(self, batch_id: str) -> BatchStatus: ...
 
-    def content(self, file_id: str) -> bytes: ...
+    def fetch(self, file_id: str, path: Path) -> None: ...
+
+    def delete(self, file_id: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -138,10 +140,24 @@ class OpenAIBatchProvider:
             excerpt(first.message or "", self._key) if first else "",
         )
 
-    def content(self, file_id: str) -> bytes:
-        return self._repeat(
-            lambda: bytes(self._client.files.content(file_id, timeout=TRANSFER_TIMEOUT_S).content)
-        )
+    def fetch(self, file_id: str, path: Path) -> None:
+        """A file of the provider's onto our disk, never whole in memory."""
+
+        def load() -> None:
+            files = self._client.files.with_streaming_response
+            with files.content(file_id, timeout=TRANSFER_TIMEOUT_S) as response:
+                response.stream_to_file(path)
+
+        try:
+            self._repeat(load)
+        except OSError as error:
+            raise FeedbackError(
+                f"{path}: cannot be written ({error.strerror}); free some space or mend its rights and run the same "
+                f"command again"
+            ) from error
+
+    def delete(self, file_id: str) -> None:
+        self._repeat(lambda: self._client.files.delete(file_id))
 
     def close(self) -> None:
         self._client.close()

@@ -46,6 +46,8 @@ class Question:
     """Content hash (16 bytes) of everything that decides the answer; see `questions.question_key`."""
     members: tuple[Question, ...] = ()
     """Joint mode: the questions that this one request answers; empty for an ordinary question."""
+    strength: bool = False
+    """Joint mode: a number from 0 to 100 is asked for instead of a letter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,30 @@ class AsksMany(Protocol):
 class AttemptError(Exception):
     """One attempt failed. What to do about it is decided by `retry.decide`; users never see this class."""
 
-    def __init__(self, kind: AttemptKind, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(kind, message, retry_after_s)
+    def __init__(
+        self,
+        kind: AttemptKind,
+        message: str,
+        retry_after_s: float | None = None,
+        sent: bool = True,
+    ) -> None:
+        super().__init__(kind, message, retry_after_s, sent)
         self.kind: AttemptKind = kind
         self.message = message
         self.retry_after_s = retry_after_s
         """Seconds that the provider asked to wait; None where it said nothing."""
+        self.sent = sent
+        """False where the request surely never reached the provider."""
+
+    @property
+    def doubt(self) -> str:
+        """Why this attempt may have been billed although no answer came; empty where it was not.
+
+        A provider that answered with an error status has not worked; one whose answer was late, cut off or unreadable
+        may well have.
+        """
+        unknown = self.sent and self.kind in ("timeout", "connection", "malformed")
+        return f"no readable answer ({self.kind})" if unknown else ""
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"

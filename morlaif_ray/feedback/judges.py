@@ -94,7 +94,14 @@ def build_feedback_client(feedback: FeedbackConfig, *, seed: int) -> FeedbackCli
 
 _OPERATIONAL = ("api_key_env", "request_timeout_s", "endpoints", "max_tokens_field")
 _LOCAL_ANSWERS = ("kind", "dtype", "max_length")
-_BATCHING = ("max_requests_per_file", "max_file_mb", "max_open_batches", "poll_s", "price_factor")
+_BATCHING = (
+    "max_requests_per_file",
+    "max_file_mb",
+    "max_open_batches",
+    "poll_s",
+    "price_factor",
+    "delete_files",
+)
 _LATER_FIELDS = ("reasoning", "answer", "temperature")
 """Left out at their defaults, so that answers paid before these fields existed are found again."""
 

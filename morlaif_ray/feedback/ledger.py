@@ -1,10 +1,11 @@
 """The durable ledger: every answer of the judge, keyed by content, so nothing is paid twice.
 
-    Ledger(path) -> lookup(keys) -> append(rows, failures)
+    Ledger(path) -> lookup(keys) -> announce(intents) -> append(rows, failures, settled)
 
 SQLite in WAL mode with one writer. A file lock beside it refuses a second writer in one line; the lock ends with the
 process that holds it, so a crash leaves nothing to clean up. Appending the same key twice keeps the first answer.
 Questions that failed are listed apart and never count as answered: the next run asks them again.
+Requests are announced before they are sent (`intents`): what a killed process left open is listed as unconfirmed.
 The log-probabilities are kept as they came, so answers can be read anew under other thresholds without paying.
 The path must be on a local disk of the machine that opens it (SQLite's WAL does not work over network file systems).
 """
@@ -22,9 +23,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from morlaif_ray.errors import FeedbackError
-from morlaif_ray.feedback.ledger_schema import Totals, prepare, read_totals
+from morlaif_ray.feedback.intents import Intent, Settled
+from morlaif_ray.feedback.ledger_schema import (
+    Totals,
+    Unconfirmed,
+    prepare,
+    read_totals,
+    read_unconfirmed,
+)
 
 LOOKUP_CHUNK = 1000
+KILLED = "in flight when a process died"
 
 
 class LedgerRow(NamedTuple):
@@ -80,10 +89,15 @@ class StoredAnswer(NamedTuple):
 
 
 class Ledger:
-    """Open it in one process; FeedbackError where another holds it, or it is damaged or from a newer version."""
+    """Open it in one process; FeedbackError where another holds it, or it is damaged or from a newer version.
 
-    def __init__(self, path: Path, *, lock_wait_s: float = 10.0) -> None:
+    Args:
+        run: names the run whose requests may still be in flight, where the writer alone was restarted.
+    """
+
+    def __init__(self, path: Path, *, lock_wait_s: float = 10.0, run: str = "") -> None:
         self.path = path
+        self._run = run
         with _explain(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _take_lock(path, lock_wait_s)
@@ -94,9 +108,11 @@ class Ledger:
                 raise
         self._recipes: dict[str, int] = dict(self._db.execute("SELECT recipe, id FROM recipes"))
         self._totals = read_totals(self._db)
+        self._doubt_all_but(run)
 
     def close(self) -> None:
         """Folds the write-ahead log into the file and lets the next run in."""
+        self._doubt_all_but("")
         with _explain(self.path):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.close()
@@ -138,14 +154,27 @@ class Ledger:
                 known.update(key for (key,) in found)
         return [key in known for key in keys]
 
+    def announce(self, intents: Sequence[Intent]) -> None:
+        """Notes requests that are about to be sent; on the disk when this returns. Repeating it changes nothing."""
+        with _explain(self.path), self._db:
+            self._db.executemany(
+                "INSERT OR IGNORE INTO intents VALUES (?, ?, ?, ?)",
+                [(*intent, self._run) for intent in intents],
+            )
+
     def append(
-        self, recipe: str, rows: Sequence[LedgerRow], failures: Sequence[FailureRow] = ()
+        self,
+        recipe: str,
+        rows: Sequence[LedgerRow],
+        failures: Sequence[FailureRow] = (),
+        settled: Sequence[Settled] = (),
     ) -> None:
         """Commits all of it or nothing. Repeating a call changes nothing (a re-sent batch is harmless)."""
         recipe_id = self._recipes[recipe]
         now = time.time()
         with _explain(self.path):
             with self._db:
+                self._settle(settled)
                 fresh = self._unrecorded(rows)
                 self._db.executemany(_INSERT, [(*row, recipe_id, now) for row in fresh])
                 totals = self._totals.plus(
@@ -172,6 +201,16 @@ class Ledger:
     def spent_usd(self) -> float:
         return self._totals.cost_usd
 
+    @property
+    def unconfirmed(self) -> tuple[Unconfirmed, ...]:
+        """Requests that may have been billed although no answer came, by reason."""
+        return read_unconfirmed(self._db)
+
+    @property
+    def possibly_spent_usd(self) -> float:
+        """The most that the provider may have billed, as far as estimates are high: what a budget must count with."""
+        return self.spent_usd + sum(entry.usd for entry in self.unconfirmed)
+
     def num_answers(self) -> int:
         return self._totals.answers
 
@@ -181,6 +220,27 @@ class Ledger:
             "SELECT error, count(*) FROM failures GROUP BY error ORDER BY 2 DESC, 1"
         )
         return [(str(error), int(count)) for error, count in cursor]
+
+    def _settle(self, settled: Sequence[Settled]) -> None:
+        doubtful = [(entry.doubt, time.time(), entry.ticket) for entry in settled if entry.doubt]
+        if doubtful:
+            self._db.executemany(
+                "INSERT OR IGNORE INTO unconfirmed SELECT ticket, key, usd, ?, ? FROM intents WHERE ticket = ?",
+                doubtful,
+            )
+        if settled:
+            tickets = [(entry.ticket,) for entry in settled]
+            self._db.executemany("DELETE FROM intents WHERE ticket = ?", tickets)
+
+    def _doubt_all_but(self, run: str) -> None:
+        """Requests that nobody is left to settle may have been billed."""
+        with _explain(self.path), self._db:
+            self._db.execute(
+                "INSERT OR IGNORE INTO unconfirmed SELECT ticket, key, usd, ?, ? FROM intents "
+                "WHERE run <> ? OR run = ''",
+                (KILLED, time.time(), run),
+            )
+            self._db.execute("DELETE FROM intents WHERE run <> ? OR run = ''", (run,))
 
     def _has_failures(self) -> bool:
         return self._db.execute("SELECT 1 FROM failures LIMIT 1").fetchone() is not None

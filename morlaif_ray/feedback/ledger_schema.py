@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from morlaif_ray.errors import FeedbackError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CACHE_KB = 4_096
 """SQLite's page cache: small, since the system caches the key index anyway."""
 
@@ -38,6 +38,10 @@ CREATE TABLE IF NOT EXISTS totals (
     answers INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
     cached_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL, cache_discount_usd REAL NOT NULL,
     batch_discount_usd REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS intents (
+    ticket INTEGER PRIMARY KEY, key BLOB NOT NULL, usd REAL NOT NULL, run TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS unconfirmed (
+    ticket INTEGER PRIMARY KEY, key BLOB NOT NULL, usd REAL NOT NULL, doubt TEXT NOT NULL, created_s REAL NOT NULL);
 """
 _SUMS = (
     "SELECT count(*), ifnull(sum(prompt_tokens), 0), ifnull(sum(completion_tokens), 0), "
@@ -72,6 +76,15 @@ class Totals(NamedTuple):
         return Totals(*(old + new for old, new in zip(self, (answers, *amounts), strict=True)))  # type: ignore[arg-type]
 
 
+class Unconfirmed(NamedTuple):
+    """Requests that may have been billed although no answer came, for one reason."""
+
+    doubt: str
+    requests: int
+    usd: float
+    """Their estimates: the most that they may have cost."""
+
+
 def prepare(db: sqlite3.Connection, path: Path) -> None:
     """Sets the connection up for one writer and brings the tables to this version. FeedbackError if they are newer."""
     version = check_version(db, path)
@@ -101,6 +114,14 @@ def check_version(db: sqlite3.Connection, path: Path) -> int:
 
 def read_totals(db: sqlite3.Connection) -> Totals:
     return Totals(*db.execute(f"SELECT {', '.join(Totals._fields)} FROM totals").fetchone())
+
+
+def read_unconfirmed(db: sqlite3.Connection) -> tuple[Unconfirmed, ...]:
+    """By reason, the dearest first."""
+    rows = db.execute(
+        "SELECT doubt, count(*), total(usd) FROM unconfirmed GROUP BY doubt ORDER BY 3 DESC, 1"
+    )
+    return tuple(Unconfirmed(str(doubt), int(count), float(usd)) for doubt, count, usd in rows)
 
 
 def _migrate_from_1(db: sqlite3.Connection) -> None:

@@ -32,6 +32,7 @@ from morlaif_ray.feedback.parsing import letter_of
 from morlaif_ray.feedback.prompting import PHRASE_TOKENS, Prompter
 from morlaif_ray.feedback.template import conversation_of
 from morlaif_ray.feedback.truncation import fit
+from morlaif_ray.feedback.vllm_scoring import VllmScorer, vllm_is_installed
 
 ANSWER_CUE = "\n\nAnswer:"
 """Ends the prompt of a model without a chat template, so that a letter is what comes next."""
@@ -52,16 +53,29 @@ class LocalClient:
             else judge.model
         )
         self._tokenizer = load_tokenizer(path, judge.revision)
-        model = load_causal_lm(path, dtype=judge.dtype, revision=judge.revision)
-        self._max_length = _context(judge, model, len(self._tokenizer))
         self._prompter = prompter
         self._a_ids, self._b_ids = _letter_ids(self._tokenizer, judge.model)
-        device = "cuda" if judge.gpus_per_worker > 0 else "cpu"
-        self._scorer = PrefixScorer(
-            model.eval().to(device),
-            pad_id=int(self._tokenizer.pad_token_id),
-            max_rows=judge.batch_size,
-        )
+        self._vllm: VllmScorer | None = None
+        if judge.engine == "vllm" or (judge.engine == "auto" and vllm_is_installed()):
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(path, revision=judge.revision)
+            text = config.get_text_config()
+            context = _context(judge, config, text.vocab_size, len(self._tokenizer))
+            # vLLM samples one token that nobody reads; it must fit too.
+            own = getattr(text, "max_position_embeddings", None) or context + 1
+            self._max_length = min(context, own - 1)
+            self._vllm = VllmScorer(judge, path, self._max_length)
+        else:
+            model = load_causal_lm(path, dtype=judge.dtype, revision=judge.revision)
+            rows = model.get_input_embeddings().num_embeddings
+            self._max_length = _context(judge, model.config, rows, len(self._tokenizer))
+            device = "cuda" if judge.gpus_per_worker > 0 else "cpu"
+            self._scorer = PrefixScorer(
+                model.eval().to(device),
+                pad_id=int(self._tokenizer.pad_token_id),
+                max_rows=judge.batch_size,
+            )
         self._batch_size = judge.batch_size
         # One call at a time: two at once would share the cores and double the memory.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="local-judge")
@@ -85,6 +99,8 @@ class LocalClient:
 
     async def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._vllm is not None:
+            self._vllm.close()
 
     def _answer(self, questions: list[Question]) -> list[RawAnswer | AttemptError]:
         encoded = self._encode_all(questions)
@@ -95,7 +111,11 @@ class LocalClient:
                 groups.setdefault(shown, []).append(number)
         prompts = [[encoded[number] for number in group] for group in groups.values()]
         try:
-            tops = self._scorer.score(prompts, self._read)
+            tops = (
+                self._scorer.score(prompts, self._read)
+                if self._vllm is None
+                else self._read_tokens(self._vllm.score(prompts, self._a_ids + self._b_ids))
+            )
         except torch.OutOfMemoryError:
             raise FeedbackError(
                 f"the local judge ran out of memory with batch_size {self._batch_size}; reduce "
@@ -125,6 +145,23 @@ class LocalClient:
             }
             found.append({"A": a, "B": b, **others})
         return found
+
+    def _read_tokens(self, found: list[dict[int, float]]) -> list[dict[str, float]]:
+        """The same from single tokens' log-probabilities; of the others only the likeliest is known."""
+        letters = {*self._a_ids, *self._b_ids}
+        tops = []
+        for logprobs in found:
+            a, b = (
+                torch.tensor([logprobs[token] for token in ids]).logsumexp(dim=0).item()
+                for ids in (self._a_ids, self._b_ids)
+            )
+            others = {
+                str(self._tokenizer.convert_ids_to_tokens(token)): value
+                for token, value in logprobs.items()
+                if token not in letters
+            }
+            tops.append({"A": a, "B": b, **others})
+        return tops
 
     def _encode_all(self, questions: list[Question]) -> list[Any]:
         """Token ids of every prompt, or the AttemptError of those that cannot be shown."""
@@ -209,16 +246,15 @@ class LocalClient:
         return text
 
 
-def _context(judge: LocalJudge, model: Any, vocabulary: int) -> int:
-    """Longest prompt in tokens. ConfigError where tokenizer, model and `max_length` do not go together."""
-    rows = model.get_input_embeddings().num_embeddings
+def _context(judge: LocalJudge, config: Any, rows: int, vocabulary: int) -> int:
+    """Longest prompt in tokens; `rows` of the embedding. ConfigError where tokenizer, model and `max_length` clash."""
     if vocabulary > rows:
         raise ConfigError(
             f"feedback.judge.model {judge.model}: its tokenizer has {vocabulary} tokens, the model {rows}; "
             f"save the tokenizer that the model was trained with beside it"
         )
     # Not every configuration states a limit (state-space models have none).
-    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
     if own is None:
         return judge.max_length or 1 << 20
     if judge.max_length is not None and judge.max_length > own:

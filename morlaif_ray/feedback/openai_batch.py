@@ -128,8 +128,7 @@ class BatchCollector:
         return [self._outcome(batch) for batch in batches]
 
     @property
-    def num_failed(self) -> int:
-        """Questions given up so far."""
+    def num_failed(self) -> int:  # questions given up so far
         return len(self._failed)
 
     def condition(self) -> str:
@@ -144,7 +143,7 @@ class BatchCollector:
                 f"{foreign} batches of another judge or template are left for a run with those"
             )
         for submission in self._journal.unfinished(self._plan.recipe):
-            for request in self._journal.requests(submission):
+            for request in self._journal.index(submission).values():
                 self._adopted.update(entry.key for entry in request.entries)
             if submission.state != "submitted":
                 known = self._provider.find(submission.name, submission.created_s)
@@ -206,7 +205,7 @@ class BatchCollector:
         if self._feedback.budget_usd is None:
             return float("inf")
         under_way = sum(submission.estimated_usd for submission in self._open)
-        return self._feedback.budget_usd - self._ledger.spent_usd - under_way
+        return self._feedback.budget_usd - self._ledger.possibly_spent_usd - under_way
 
     def _send(self, submission: Submission) -> Submission:
         if submission.state == "written":
@@ -227,41 +226,50 @@ class BatchCollector:
         return ended
 
     def _take_in(self, submission: Submission, status: BatchStatus) -> None:
-        requests = self._journal.requests(submission)
-        fatal = ""
         if status.status == "failed" and not status.output_file_id:
-            self._refused(submission, requests, status)
+            self._refused(submission, list(self._journal.requests(submission)), status)
             return
         self._queue_full, self._times_full = False, 0
-        files = [
-            self._provider.content(file_id)
-            for file_id in (status.output_file_id, status.error_file_id)
-            if file_id
-        ]
-        merged = merge(requests, read_lines(*files), self._judge)
-        latency_s = time.time() - submission.created_s
-        rows: list[LedgerRow] = []
-        again: list[BatchRequest] = []
-        for request in requests:
-            answer = merged.answered.get(request.custom_id)
-            if answer is None:
-                step = decide(merged.failed[request.custom_id], request.attempt, self._policy, 0.0)
-                if isinstance(step, Abort):
-                    fatal = step.message
-                elif isinstance(step, GiveUp):
-                    self._give_up(request, step.reason)
-                else:
-                    again.append(replace(request, attempt=request.attempt + 1))
-                continue
-            rows += answer_rows(request, answer, self._price, latency_s)
-        self._record(rows)
+        requests = self._journal.index(submission)
+        failed = self._read_answers(submission, status, requests)
+        fatal, again = "", set[str]()
+        for custom_id, error in failed.items():
+            step = decide(error, requests[custom_id].attempt, self._policy, 0.0)
+            if isinstance(step, Abort):
+                fatal = step.message
+            elif isinstance(step, GiveUp):
+                self._give_up(requests[custom_id], step.reason)
+            else:
+                again.add(custom_id)
         if again:
-            self._chunks.append(again)
+            repeated = self._journal.requests(submission, again)
+            self._chunks.append([replace(one, attempt=one.attempt + 1) for one in repeated])
         # Last: until here a crash leads back to fetching the same files, which the ledger takes without doubling.
-        text = f"{status.status}: {len(merged.answered)} answered, {len(merged.failed)} failed"
+        text = f"{status.status}: {len(requests) - len(failed)} answered, {len(failed)} failed"
         self._journal.advance(submission, "done", outcome=text)
+        if self._judge.delete_files:
+            files = (submission.file_id, status.output_file_id, status.error_file_id)
+            _delete(self._provider, [file for file in files if file], self._tell)
         if fatal:
             raise FeedbackError(fatal)
+
+    def _read_answers(
+        self, submission: Submission, status: BatchStatus, requests: dict[str, BatchRequest]
+    ) -> dict[str, AttemptError]:
+        """Fetches the files and records their answers line by line; why the other requests have none."""
+        latency_s = time.time() - submission.created_s
+        rows: list[LedgerRow] = []
+
+        def take(request: BatchRequest, answer: RawAnswer) -> None:
+            rows.extend(answer_rows(request, answer, self._price, latency_s))
+            if len(rows) >= APPEND_ROWS:
+                self._record(rows)
+                rows.clear()
+
+        lines = _fetched_lines(self._provider, self._journal, submission, status)
+        failed = merge(requests, read_lines(lines), self._judge, take)
+        self._record(rows)
+        return failed
 
     def _refused(
         self, submission: Submission, requests: list[BatchRequest], status: BatchStatus
@@ -281,22 +289,17 @@ class BatchCollector:
         )
 
     def _record(self, rows: list[LedgerRow]) -> None:
-        for start in range(0, len(rows), APPEND_ROWS):
-            self._ledger.append(self._plan.recipe, rows[start : start + APPEND_ROWS])
-        self._on_progress(len(rows))
+        if rows:
+            self._ledger.append(self._plan.recipe, rows)
+            self._on_progress(len(rows))
 
     def _give_up(self, request: BatchRequest, reason: str) -> None:
-        rows = [
-            FailureRow(e.key, e.pair_id, e.principle, e.order, reason, request.attempt)
-            for e in request.entries
-        ]
-        self._ledger.append(self._plan.recipe, [], rows)
+        self._ledger.append(self._plan.recipe, [], _failure_rows(request, reason))
         self._failed |= {entry.key: reason for entry in request.entries}
 
     def _outcome(self, batch: PairBatch) -> BatchOutcome:
-        questions = self._plan.batch_questions(batch)
+        questions, recorded = self._plan.batch_questions(batch), self._recorded.get(batch.index, 0)
         stored = self._ledger.lookup([question.key for question in questions])
-        recorded = self._recorded.get(batch.index, 0)
         return outcome_of(batch.index, questions, stored, self._failed, recorded)
 
 
@@ -328,6 +331,34 @@ def answer_rows(
             question.members or (question,), request.entries, parts, strict=True
         )
     ]
+
+
+def _fetched_lines(
+    provider: BatchProvider, journal: BatchJournal, submission: Submission, status: BatchStatus
+) -> Iterator[bytes]:
+    """The lines of the output file, then of the error file, from our disk."""
+    for kind, file_id in (("output", status.output_file_id), ("error", status.error_file_id)):
+        if file_id:
+            path = journal.fetched_path(submission, kind)
+            provider.fetch(file_id, path)
+            with path.open("rb") as file:
+                yield from file
+
+
+def _failure_rows(request: BatchRequest, reason: str) -> list[FailureRow]:
+    return [
+        FailureRow(entry.key, entry.pair_id, entry.principle, entry.order, reason, request.attempt)
+        for entry in request.entries
+    ]
+
+
+def _delete(provider: BatchProvider, file_ids: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Their answers are in the ledger: a file that stays behind costs nothing but room at the provider."""
+    for file_id in file_ids:
+        try:
+            provider.delete(file_id)
+        except FeedbackError as error:
+            tell(f"file {file_id} stays at the provider: {error}")
 
 
 def _under_way(submissions: Sequence[Submission]) -> str:

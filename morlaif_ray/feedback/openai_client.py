@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import openai
@@ -47,15 +48,19 @@ POOLS = 8
 class _Server:
     """One endpoint with its connections."""
 
-    clients: list[openai.AsyncOpenAI]
-    """Taken in turn: a pool looks at each of its connections for every request, so small pools cost less CPU."""
+    make_client: Callable[[], openai.AsyncOpenAI]
     key: str
     key_name: str
     where: str
-    turn: int = 0
+    clients: list[openai.AsyncOpenAI] = field(default_factory=list)
+    """Taken in turn: a pool looks at each of its connections for every request, so small pools cost less CPU. Each is
+    made when its turn first comes: it reads the certificates, and the first request need not wait for all of them."""
+    turn: int = -1
 
     def next_client(self) -> openai.AsyncOpenAI:
-        self.turn = (self.turn + 1) % len(self.clients)
+        self.turn = (self.turn + 1) % POOLS
+        if self.turn == len(self.clients):
+            self.clients.append(self.make_client())
         return self.clients[self.turn]
 
 
@@ -80,17 +85,17 @@ class OpenAIClient:
 
     def _server(self, base_url: str | None, key_name: str) -> _Server:
         key = key_from_environment(key_name)
-        clients = [
-            openai.AsyncOpenAI(
+
+        def make_client() -> openai.AsyncOpenAI:
+            return openai.AsyncOpenAI(
                 api_key=key,
                 base_url=base_url,
                 max_retries=0,
                 timeout=self._judge.request_timeout_s,
                 http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._hear]}),
             )
-            for _ in range(POOLS)
-        ]
-        return _Server(clients, key, key_name, base_url or "the provider's default URL")
+
+        return _Server(make_client, key, key_name, base_url or "the provider's default URL")
 
     async def _hear(self, response: Any) -> None:
         """Keeps what a response says of the provider's limits, refusals included."""
@@ -150,7 +155,9 @@ class OpenAIClient:
                 if error.__cause__ is not None
                 else "connection failed"
             )
-            raise AttemptError("connection", f"{server.where}: {cause}") from None
+            raise AttemptError(
+                "connection", f"{server.where}: {cause}", sent=cause != "ConnectError"
+            ) from None
         except (openai.OpenAIError, ValueError) as error:
             raise AttemptError(
                 "malformed", f"{server.where}: {excerpt(error, server.key)}"

@@ -7,7 +7,7 @@ Pure functions of their arguments; nothing here opens a connection. Four ways to
     letter         one token, its top log-probabilities
     reasoned       free text; the log-probabilities at the letter of the last "Answer: A"
     json           a JSON object under a schema that admits A or B: hard labels (`parsing.HARD_LOG_ODDS`)
-    joint          the same with one field per principle
+    joint          the same with one field per principle, each a letter or a strength from 0 to 100 (soft labels)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from morlaif_ray.config.judging import OpenAIBatchJudge, OpenAIJudge
 from morlaif_ray.feedback.client import AttemptError, Question, RawAnswer
-from morlaif_ray.feedback.parsing import final_answer_token, hard_logprobs, read_letters
+from morlaif_ray.feedback.parsing import final_answer_token, read_choices
 from morlaif_ray.feedback.prompting import style_of
 
 JSON_TOKENS = 16
@@ -48,7 +48,8 @@ def request_body(
         body["temperature"] = judge.temperature
     fields = _fields(judge, question)
     if fields:
-        body["response_format"] = _schema(fields, judge.reasoning is not None)
+        strengths = bool(question.members) and question.strength
+        body["response_format"] = _schema(fields, judge.reasoning is not None, strengths)
     else:
         body |= {"logprobs": True, "top_logprobs": judge.top_logprobs}
     return body
@@ -61,9 +62,12 @@ def _fields(judge: OpenAIJudge | OpenAIBatchJudge, question: Question) -> tuple[
     return ("answer",) if judge.answer == "structured" else ()
 
 
-def _schema(fields: Sequence[str], reasoned: bool) -> dict[str, Any]:
+def _schema(fields: Sequence[str], reasoned: bool, strengths: bool) -> dict[str, Any]:
     properties: dict[str, Any] = {"reasoning": {"type": "string"}} if reasoned else {}
-    properties |= {name: {"type": "string", "enum": ["A", "B"]} for name in fields}
+    kind: dict[str, Any] = {"type": "string", "enum": ["A", "B"]}
+    if strengths:
+        kind = {"type": "integer", "minimum": 0, "maximum": 100}
+    properties |= {name: dict(kind) for name in fields}
     schema = {
         "type": "object",
         "properties": properties,
@@ -88,7 +92,9 @@ def read_completion(
             found = _answer(completion, refusal=refusal)
             parts = (found, *[_answer(None, found.model, refusal) for _ in fields[1:]])
         elif fields:
-            parts = _hard_answers(completion, content, fields)
+            parts = _json_answers(
+                completion, content, fields, "number" if question.strength else "A or B"
+            )
         else:
             return _soft_answer(completion, style_of(judge) == "reasoned")
     except (AttributeError, IndexError, TypeError):
@@ -127,15 +133,16 @@ def _soft_answer(completion: Any, reasoned: bool) -> RawAnswer:
     return _answer(completion, top=top)
 
 
-def _hard_answers(completion: Any, content: str, fields: Sequence[str]) -> tuple[RawAnswer, ...]:
-    letters, problem = read_letters(content, fields)
+def _json_answers(
+    completion: Any, content: str, fields: Sequence[str], wanted: str
+) -> tuple[RawAnswer, ...]:
+    choices, problem = read_choices(content, fields)
     if problem and completion.choices[0].finish_reason == "length":
         problem = "the JSON answer was cut off"
     found = []
     for number, name in enumerate(fields):
-        letter = letters.get(name, "")
-        top = hard_logprobs(letter) if letter else {}
-        reason = "" if letter else problem or f"the JSON answer has no A or B for '{name}'"
+        top = choices.get(name, {})
+        reason = "" if top else problem or f"the JSON answer has no {wanted} for '{name}'"
         # The request is paid once: its tokens stand on the first answer.
         paid = completion if number == 0 else None
         found.append(_answer(paid, str(completion.model or ""), top=top, problem=reason))

@@ -23,6 +23,9 @@ ABSENT_LOGPROB = -1000.0
 HARD_LOG_ODDS = 2.0
 """Nats that a bare A or B counts for, where a judge gives no log-probabilities: "right in 88 of 100 cases"."""
 
+MOST_SURE = 0.98
+"""A judge's stated 0 or 100 is read as "right in 98 of 100 cases": 3.9 nats."""
+
 # A lower-case "a" is an article unless nothing follows it on its line.
 _LETTER = r"([AB](?!\w)|[ab](?=[^\w\n]*$))"
 _MARKER = re.compile(
@@ -88,6 +91,12 @@ def hard_logprobs(letter: str) -> dict[str, float]:
     return {letter: chosen, other: chosen - HARD_LOG_ODDS}
 
 
+def strength_logprobs(strength: float) -> dict[str, float]:
+    """Log-probabilities for a stated strength, 0 (surely B) to 100 (surely A); no answer is surer than MOST_SURE."""
+    share = min(MOST_SURE, max(1.0 - MOST_SURE, strength / 100.0))
+    return {"A": math.log(share), "B": math.log1p(-share)}
+
+
 def final_answer_token(tokens: Sequence[str]) -> int | None:
     """Index of the token that holds the letter of the last answer marker ("Answer: B"); None without a marker.
 
@@ -106,17 +115,22 @@ def final_answer_token(tokens: Sequence[str]) -> int | None:
     return None
 
 
-def read_letters(content: str, names: Sequence[str]) -> tuple[dict[str, str], str]:
-    """({name: "A" or "B"}, problem) from a JSON object; names without a letter are absent from the first."""
+def read_choices(content: str, names: Sequence[str]) -> tuple[dict[str, dict[str, float]], str]:
+    """({name: log-probabilities}, problem) from a JSON object of letters or of strengths from 0 to 100.
+
+    Names with neither are absent from the first.
+    """
     try:
         found = json.loads(content)
     except ValueError:
         return {}, "the answer is not the JSON object asked for"
     if not isinstance(found, dict):
         return {}, "the answer is not the JSON object asked for"
-    letters = {
-        name: letter_of(found[name])
-        for name in names
-        if isinstance(found.get(name), str) and letter_of(found[name])
-    }
-    return letters, ""
+    chosen: dict[str, dict[str, float]] = {}
+    for name in names:
+        value = found.get(name)
+        if isinstance(value, str) and letter_of(value):
+            chosen[name] = hard_logprobs(letter_of(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100:
+            chosen[name] = strength_logprobs(value)
+    return chosen, ""

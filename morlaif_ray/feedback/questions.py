@@ -48,6 +48,8 @@ class QuestionPlan:
     """Hash of judge identity and template (`judges.recipe_for`)."""
     joint: int = 1
     """Principles per request (`feedback.joint`); "general" is always asked alone."""
+    strengths: bool = False
+    """Joint answers are numbers, not letters (`feedback.joint_answer`)."""
 
     @property
     def per_pair(self) -> int:
@@ -74,13 +76,15 @@ class QuestionPlan:
             "ba": (pair.prompt, pair.response_b, pair.response_a),
         }
         digests = {order: stable_hash(*shown) for order, shown in texts.items()}
-        recipes = column_recipes(self.recipe, self.principles, self.joint)
+        recipes = column_recipes(self.recipe, self.principles, self.joint, self.strengths)
         found = []
         for column, order in self.slots(pair.pair_id):
             name, phrase = self.principles[column]
             prompt, first, second = texts[order]
             key = question_key(recipes[column], name, phrase, digests[order])
-            found.append(Question(prompt, first, second, name, phrase, order, key))
+            found.append(
+                Question(prompt, first, second, name, phrase, order, key, strength=self.strengths)
+            )
         return found
 
     def batch_questions(self, batch: PairBatch) -> list[Question]:
@@ -115,11 +119,12 @@ def plan_questions(
     seed: int,
     recipe: str,
     joint: int = 1,
+    strengths: bool = False,
 ) -> QuestionPlan:
     """The K principles' phrases plus the overall question."""
     asked = [(principle.name, principle.question) for principle in principles]
     asked.append((GENERAL, GENERAL_PHRASE))
-    return QuestionPlan(tuple(asked), orders, seed, recipe, joint)
+    return QuestionPlan(tuple(asked), orders, seed, recipe, joint, strengths)
 
 
 def question_key(recipe: str, name: str, phrase: str, texts_digest: str) -> bytes:

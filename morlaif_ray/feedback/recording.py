@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from morlaif_ray.feedback.client import Question, RawAnswer
+from morlaif_ray.feedback.intents import Intent, Settled
 from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
 from morlaif_ray.feedback.parsing import parse_answer
 from morlaif_ray.feedback.prices import Price
@@ -34,7 +35,14 @@ class AnswerLedger(Protocol):
 
     async def lookup(self, keys: Sequence[bytes]) -> dict[bytes, StoredAnswer]: ...
 
-    async def append(self, rows: Sequence[LedgerRow], failures: Sequence[FailureRow]) -> None: ...
+    async def announce(self, intents: Sequence[Intent]) -> None: ...
+
+    async def append(
+        self,
+        rows: Sequence[LedgerRow],
+        failures: Sequence[FailureRow],
+        settled: Sequence[Settled],
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +96,7 @@ class BatchRecord:
         self._ledger = ledger
         self._rows: list[LedgerRow] = []
         self._failure_rows: list[FailureRow] = []
+        self._settled: list[Settled] = []
         self._flushing: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
 
@@ -97,6 +106,11 @@ class BatchRecord:
 
     def pair_of(self, number: int) -> str:
         return self._batch.pairs[number // self._per_pair].pair_id
+
+    def settle(self, ticket: int | None, doubt: str = "") -> None:
+        """Notes that an announced request has ended; goes to the ledger with the next rows, in one transaction."""
+        if ticket is not None:
+            self._settled.append(Settled(ticket, doubt))
 
     async def add(self, row: LedgerRow) -> None:
         self._rows.append(row)
@@ -147,8 +161,9 @@ class BatchRecord:
     async def _flush(self) -> None:
         rows, self._rows = self._rows, []
         failures, self._failure_rows = self._failure_rows, []
-        if rows or failures:
-            await self._ledger.append(rows, failures)
+        settled, self._settled = self._settled, []
+        if rows or failures or settled:
+            await self._ledger.append(rows, failures, settled)
 
     async def flush_all(self) -> None:
         self._hurry.set()

@@ -12,14 +12,21 @@ import dataclasses
 import math
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from morlaif_ray.errors import ArtifactError, FeedbackError
 from morlaif_ray.feedback.intervals import wilson_interval
-from morlaif_ray.feedback.ledger_schema import SCHEMA_VERSION, Totals, check_version, read_totals
+from morlaif_ray.feedback.ledger_schema import (
+    SCHEMA_VERSION,
+    Totals,
+    Unconfirmed,
+    check_version,
+    read_totals,
+    read_unconfirmed,
+)
 from morlaif_ray.types import Interval
 
 RATE_WINDOW_S = 60.0
@@ -68,6 +75,8 @@ class Status:
     principles: tuple[PrincipleStatus, ...]
     errors: tuple[tuple[str, int], ...]
     """(error in words, how often) of the questions without an answer, the newest first."""
+    unconfirmed: tuple[Unconfirmed, ...] = ()
+    """Requests that may have been billed although no answer came, by reason."""
 
     @property
     def left(self) -> int | None:
@@ -104,6 +113,7 @@ def read_status(
             _rate_per_min(db, now_s),
             _principles(db, recipe, labels),
             _errors(db),
+            read_unconfirmed(db),
         )
 
 
@@ -210,6 +220,7 @@ def describe(status: Status, now_s: float | None = None) -> list[str]:
     """The status as lines for people."""
     now_s = time.time() if now_s is None else now_s
     lines = [*_progress_lines(status, now_s), _money_line(status.totals)]
+    lines += _doubt_lines(status.unconfirmed)
     if status.principles:
         lines.append("principle              answers   position bias   agreement with people (95%)")
     for entry in status.principles:
@@ -266,6 +277,24 @@ def _money_line(totals: Totals) -> str:
             f"and ${totals.batch_discount_usd:,.4f} for the Batch API"
         )
     return line
+
+
+def doubts_in_words(ledger_path: Path) -> list[str]:
+    """What may have been billed beside what is known, in one line; none where there is no doubt."""
+    with _opened(ledger_path) as db:
+        return _doubt_lines(read_unconfirmed(db))
+
+
+def _doubt_lines(unconfirmed: Sequence[Unconfirmed]) -> list[str]:
+    requests = sum(entry.requests for entry in unconfirmed)
+    if not requests:
+        return []
+    usd = sum(entry.usd for entry in unconfirmed)
+    reasons = "; ".join(f"{entry.requests} x {entry.doubt}" for entry in unconfirmed)
+    return [
+        f"possibly ${usd:,.4f} more, at most: {requests} requests were sent and no answer came, so whether they were "
+        f"billed is not known ({reasons}); budget_usd counts them"
+    ]
 
 
 def duration(seconds: float) -> str:

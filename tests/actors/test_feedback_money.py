@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from actors.ledger_writer import LedgerRecipe
 from jobs.cli import main
 from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import FeedbackError
-from morlaif_ray.feedback.ledger import Ledger
+from morlaif_ray.feedback.ledger import KILLED, Ledger
 from morlaif_ray.feedback.permits import BudgetReachedError
 from morlaif_ray.feedback.questions import split_batches
 from morlaif_ray.feedback.status import read_progress
@@ -101,6 +103,42 @@ def test_the_budget_ends_the_run_cleanly_and_a_higher_one_goes_on(
         assert server.num_answered == 160
         total = sum(outcome.cost_usd for outcome in outcomes)
         assert total == pytest.approx(server.tokens_billed * 5.0 / 1e6)
+
+
+def test_what_a_killed_worker_had_in_flight_is_counted_as_possibly_spent(
+    session_folder: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    batches = list(split_batches(make_pairs(40), PLAN, questions_per_batch=16))
+    with FakeOpenAI(delay_s=0.3) as server:
+        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+            deadline = time.monotonic() + 60.0
+            killer = threading.Thread(
+                target=_kill_when_in_flight, args=(server, pool.workers[0], deadline), daemon=True
+            )
+            killer.start()
+            outcomes = pool.answer(batches)
+            killer.join()
+            assert ray.get(pool._ledger.spent_usd.remote(), timeout=30.0) > 0.0
+        billed = server.tokens_billed * 5.0 / 1e6
+    assert sum(outcome.num_failed for outcome in outcomes) == 0
+    ledger = Ledger(tmp_path / "l.sqlite")
+    assert ledger.num_answers() == 160
+    doubts = {entry.doubt: entry.requests for entry in ledger.unconfirmed}
+    # Of one worker: four in flight, and what else its two batches had announced.
+    assert 1 <= doubts[KILLED] <= 16
+    assert server.num_answered > 160
+    assert ledger.spent_usd < billed <= ledger.possibly_spent_usd
+    ledger.close()
+
+
+def _kill_when_in_flight(server: FakeOpenAI, worker: object, deadline: float) -> None:
+    import ray
+
+    while len(server.bodies) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ray.kill(worker, no_restart=False)
 
 
 def test_a_resumed_run_begins_with_what_is_not_answered(

@@ -160,6 +160,7 @@ def test_a_worker_that_hangs_is_killed_and_its_batch_is_done_by_its_successor(
         judge = {"kind": "openai", "model": "m", "base_url": server.url, "api_key_env": KEY_ENV}
         feedback = api(server, num_workers=1, judge=judge | {"request_timeout_s": 1.0})
         with pool_of(feedback, path, stall_timeout_s=3.0) as pool:
+            pool.wait_until_started()
             workers = [
                 child
                 for child in psutil.Process().children(recursive=True)
@@ -217,9 +218,9 @@ def test_a_missing_key_reaches_the_driver_as_one_line(local_ray: None, tmp_path:
             pytest.raises(
                 FeedbackError, match=r"^environment variable NO_SUCH_KEY_HERE is not set"
             ),
-            pool_of(api(server, judge=judge), tmp_path / "l.sqlite"),
+            pool_of(api(server, judge=judge), tmp_path / "l.sqlite") as pool,
         ):
-            pass
+            pool.answer(batches(4))
         assert server.bodies == []
 
 

@@ -61,6 +61,6 @@ def test_a_judge_that_cannot_read_so_much_ends_the_start_in_one_line(
     feedback = FeedbackConfig.model_validate({"judge": judge})
     with (
         pytest.raises(ConfigError, match="reads at most 1024 tokens"),
-        pool_of(feedback, tmp_path / "feedback.sqlite"),
+        pool_of(feedback, tmp_path / "feedback.sqlite") as pool,
     ):
-        pass
+        pool.answer(list(split_batches(make_pairs(2), PLAN, 16)))

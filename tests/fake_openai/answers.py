@@ -18,15 +18,21 @@ def shaped_answer(body: dict[str, Any], log_odds: float, model: str) -> dict[str
     letter = "A" if log_odds > 0 else "B"
     if "response_format" in body:
         properties = body["response_format"]["json_schema"]["schema"]["properties"]
-        other = "B" if letter == "A" else "A"
         answer = {
-            name: "because" if "enum" not in kind else other if name.startswith("not_") else letter
+            name: _field(kind, -log_odds if name.startswith("not_") else log_odds)
             for name, kind in properties.items()
         }
         return _completion(json.dumps(answer), None, model, prompt_tokens, 4 * len(answer))
     if limit is not None and limit > 1:
         return _reasoned(log_odds, letter, limit, model, prompt_tokens)
     return None
+
+
+def _field(kind: dict[str, Any], log_odds: float) -> str | int:
+    """A letter, a strength from 0 to 100, or any text: whatever the field's schema wants."""
+    if kind["type"] == "integer":
+        return round(100.0 / (1.0 + math.exp(-log_odds)))
+    return ("A" if log_odds > 0 else "B") if "enum" in kind else "because"
 
 
 def _reasoned(

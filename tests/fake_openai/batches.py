@@ -42,6 +42,7 @@ class FakeBatchAPI:
     swallow_create: bool = False
     max_enqueued: int | None = None
     files: dict[str, bytes] = field(default_factory=dict)
+    deleted: dict[str, bytes] = field(default_factory=dict)
     batches: dict[str, dict[str, Any]] = field(default_factory=dict)
     executed: Counter[str] = field(default_factory=Counter)
     tokens_billed: int = 0
@@ -59,6 +60,9 @@ class FakeBatchAPI:
 
             def do_GET(self) -> None:
                 owner.handle(self, "GET")
+
+            def do_DELETE(self) -> None:
+                owner.handle(self, "DELETE")
 
             def log_message(self, *_: object) -> None:
                 return None
@@ -102,6 +106,10 @@ class FakeBatchAPI:
                 reply(request, 200, {"object": "list", "data": newest, "has_more": False})
             elif path.startswith("batches/") and path[8:] in self.batches:
                 reply(request, 200, self._advance(self.batches[path[8:]]))
+            elif method == "DELETE" and path.removeprefix("files/") in self.files:
+                name = path.removeprefix("files/")
+                self.deleted[name] = self.files.pop(name)
+                reply(request, 200, {"id": name, "object": "file", "deleted": True})
             elif path.endswith("/content") and path.split("/")[1] in self.files:
                 reply_raw(request, 200, self.files[path.split("/")[1]])
             else:
@@ -110,7 +118,7 @@ class FakeBatchAPI:
     def _upload(self, payload: bytes) -> dict[str, Any]:
         found = _FILE_PART.search(payload)
         assert found is not None, payload[:300]
-        name = f"file-{len(self.files)}"
+        name = f"file-{len(self.files) + len(self.deleted)}"
         self.files[name] = found.group(1)
         return {
             "id": name,
@@ -189,7 +197,7 @@ class FakeBatchAPI:
         batch["status"] = status
         for kind, found in (("output", good), ("error", bad)):
             if found:
-                name = f"file-{len(self.files)}"
+                name = f"file-{len(self.files) + len(self.deleted)}"
                 self.files[name] = b"\n".join(reversed(found)) + b"\n"
                 batch[f"{kind}_file_id"] = name
 

@@ -17,10 +17,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -78,7 +80,14 @@ class FaultyServer:
         text = json.dumps(dataclasses.asdict(self._options))
         root = Path(__file__).parents[2]
         command = [sys.executable, str(Path(__file__).resolve()), "--options", text]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+        # The pipe ends with this process, however it ends: a killed benchmark leaves no server behind.
+        self._process = subprocess.Popen(
+            [*command, "--until-stdin-ends"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
+        )
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline())
         return self
@@ -86,8 +95,9 @@ class FaultyServer:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait(timeout=10)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
 
     @property
     def url(self) -> str:
@@ -302,7 +312,22 @@ async def serve(options: ServerOptions) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--options", required=True, help="JSON of ServerOptions")
-    asyncio.run(serve(ServerOptions(**json.loads(parser.parse_args().options))))
+    parser.add_argument("--until-stdin-ends", action="store_true")
+    options = parser.parse_args()
+    if options.until_stdin_ends:
+        end_with_stdin()
+    asyncio.run(serve(ServerOptions(**json.loads(options.options))))
+
+
+def end_with_stdin() -> None:
+    """Ends this process when whoever holds the other end of its standard input is gone."""
+
+    def wait() -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock would outlive the interpreter's end
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":

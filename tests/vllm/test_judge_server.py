@@ -20,7 +20,8 @@ import torch
 from morlaif_ray.config.judging import FeedbackConfig, LocalJudge, OpenAIJudge
 from morlaif_ray.errors import FeedbackError
 from morlaif_ray.feedback.client import AttemptError, RawAnswer
-from morlaif_ray.feedback.judges import build_client
+from morlaif_ray.feedback.joint import joint_question
+from morlaif_ray.feedback.judges import build_client, build_feedback_client
 from morlaif_ray.feedback.parsing import parse_answer
 from morlaif_ray.feedback.questions import PairBatch, split_batches
 from tests.unit.feedback.fakes import PLAN, MemoryLedger, make_pairs, make_runner
@@ -87,7 +88,7 @@ def run_batch(judge: OpenAIJudge, count: int = 2) -> tuple[Any, MemoryLedger]:
 
 
 def locally(folder: Path, count: int) -> list[RawAnswer | AttemptError]:
-    client: Any = build_client(LocalJudge(model=str(folder)), seed=0)
+    client: Any = build_client(LocalJudge(model=str(folder), engine="transformers"), seed=0)
     questions = [question for pair in make_pairs(count) for question in PLAN.questions(pair)]
     return asyncio.run(client.ask_many(questions))
 
@@ -145,6 +146,24 @@ def test_a_structured_answer_is_one_of_the_two_letters(server: Server) -> None:
     outcome, _ = run_batch(judge_of(server, answer="structured"), count=2)
     assert outcome.num_failed == 0
     assert {abs(value) for value in outcome.log_odds_N.tolist()} == {2.0}
+
+
+def test_joint_strengths_keep_to_their_schema(server: Server) -> None:
+    values = {"judge": judge_of(server).model_dump(), "joint": 2, "joint_answer": "strength"}
+    client = build_feedback_client(FeedbackConfig.model_validate(values), seed=0)
+    plan = dataclasses.replace(PLAN, joint=2, strengths=True)
+    first = plan.questions(make_pairs(1)[0])[0]
+    asked = joint_question([first, dataclasses.replace(first, principle="kindness")])
+
+    async def ask() -> RawAnswer:
+        try:
+            return await client.ask(asked)
+        finally:
+            await client.close()
+
+    parts = asyncio.run(ask()).parts
+    assert [part.problem for part in parts] == ["", ""]
+    assert all(parse_answer(part).mass == pytest.approx(1.0) for part in parts)
 
 
 def test_a_pool_on_ray_asks_it_everything_once(

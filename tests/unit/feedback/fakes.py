@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from morlaif_ray.feedback.asking import BatchRunner
 from morlaif_ray.feedback.client import AttemptError, FeedbackClient, Question, RawAnswer
+from morlaif_ray.feedback.intents import Intent, Settled
 from morlaif_ray.feedback.ledger import FailureRow, LedgerRow, StoredAnswer
 from morlaif_ray.feedback.permits import Limiter
 from morlaif_ray.feedback.prices import FREE, Price
@@ -59,6 +60,9 @@ class MemoryLedger:
     def __init__(self) -> None:
         self.rows: dict[bytes, LedgerRow] = {}
         self.failures: dict[bytes, FailureRow] = {}
+        self.open: dict[int, Intent] = {}
+        self.doubts: list[tuple[Intent, str]] = []
+        self.num_announcements = 0
 
     async def lookup(self, keys: Sequence[bytes]) -> dict[bytes, StoredAnswer]:
         found = {key: self.rows[key] for key in keys if key in self.rows}
@@ -75,7 +79,19 @@ class MemoryLedger:
             for key, row in found.items()
         }
 
-    async def append(self, rows: Sequence[LedgerRow], failures: Sequence[FailureRow]) -> None:
+    async def announce(self, intents: Sequence[Intent]) -> None:
+        self.open |= {intent.ticket: intent for intent in intents}
+        self.num_announcements += len(intents)
+
+    async def append(
+        self,
+        rows: Sequence[LedgerRow],
+        failures: Sequence[FailureRow],
+        settled: Sequence[Settled],
+    ) -> None:
+        for ticket, doubt in settled:
+            intent = self.open.pop(ticket)
+            self.doubts += [(intent, doubt)] if doubt else []
         self.rows |= {row.key: row for row in rows}
         self.failures |= {failure.key: failure for failure in failures}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
 
 import pytest
+from openai.types.chat import ChatCompletion
 
 from morlaif_ray.config.judging import FeedbackConfig, OpenAIJudge
 from morlaif_ray.errors import ConfigError
@@ -21,9 +23,11 @@ from morlaif_ray.feedback.judges import (
     recipe_for,
     recipe_of,
 )
+from morlaif_ray.feedback.openai_requests import read_completion
 from morlaif_ray.feedback.parsing import HARD_LOG_ODDS, parse_answer
 from morlaif_ray.feedback.questions import QuestionPlan
 from morlaif_ray.feedback.recording import BatchOutcome
+from tests.fake_openai.answers import one_token_answer
 from tests.fake_openai.server import KEY, FakeOpenAI, true_log_odds
 from tests.unit.feedback.fakes import MemoryLedger, batch_of, make_runner
 
@@ -109,6 +113,34 @@ def test_a_joint_request_gives_each_principle_its_answer_and_is_billed_once(
     text = server.bodies[0]["messages"][-1]["content"]
     assert "- not_brief: More not_brief?" in text
     assert len(server.bodies) == 1
+
+
+def test_a_joint_request_may_ask_for_strengths_and_gets_soft_preferences(
+    server: FakeOpenAI,
+) -> None:
+    members = [
+        dataclasses.replace(question(name), strength=True) for name in ("detail", "not_brief")
+    ]
+    answer = ask(feedback(server, joint=2, joint_answer="strength"), joint_question(members))
+    truth = true_log_odds(FIRST, SECOND)
+    found = [parse_answer(part).log_odds for part in answer.parts]
+    assert found == pytest.approx([truth, -truth], abs=0.05)  # whole percents
+    assert abs(truth) != pytest.approx(HARD_LOG_ODDS, abs=0.1)
+    schema = server.bodies[0]["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["detail"] == {"type": "integer", "minimum": 0, "maximum": 100}
+    assert "100 if surely A" in server.bodies[0]["messages"][-1]["content"]
+
+
+def test_a_strength_that_is_missing_is_unusable_with_a_reason() -> None:
+    member = dataclasses.replace(question(), strength=True)
+    body = one_token_answer({"messages": []}, 1.0, "m")
+    body["choices"][0]["message"]["content"] = '{"detail": 50}'
+    asked = joint_question([member, dataclasses.replace(question("kind"), strength=True)])
+    found = read_completion(ChatCompletion.construct(**body), feedback().judge, asked, "here")
+    assert [part.problem for part in found.parts] == [
+        "",
+        "the JSON answer has no number for 'kind'",
+    ]
 
 
 def test_the_fields_sent_follow_the_model(server: FakeOpenAI) -> None:

@@ -115,11 +115,10 @@ def test_a_refused_key_stops_at_once_without_a_retry_storm() -> None:
 
 
 def test_a_judge_that_is_down_ends_the_stage_after_fifty_questions() -> None:
-    judge = FakeJudge(failing(99, AttemptError("bad_request", "too long")))
-    with pytest.raises(
-        FeedbackError, match="failed 50 questions in a row, last: bad_request: too long"
-    ):
-        asyncio.run(make_runner(judge, MemoryLedger(), max_in_flight=1).run(batch_of(50)))
+    judge = FakeJudge(failing(99, AttemptError("server", "HTTP 500")))
+    runner = make_runner(judge, MemoryLedger(), max_in_flight=1, max_attempts=1)
+    with pytest.raises(FeedbackError, match="failed 50 questions in a row, last: server: HTTP 500"):
+        asyncio.run(runner.run(batch_of(50)))
     assert len(judge.asked) == 50
 
 
@@ -170,8 +169,39 @@ def test_retry_after_holds_back_the_whole_cluster() -> None:
 
 def test_an_error_of_the_ledger_ends_the_batch() -> None:
     class Full(MemoryLedger):
-        async def append(self, rows: object, failures: object) -> None:
+        async def append(self, rows: object, failures: object, settled: object) -> None:
             raise FeedbackError("disk full")
 
     with pytest.raises(FeedbackError, match="disk full"):
         asyncio.run(make_runner(FakeJudge(), Full()).run(batch_of(2)))
+
+
+def test_pairs_that_the_judge_refuses_fail_alone_however_many_questions_they_have() -> None:
+    def before(question: Question) -> None:
+        if int(question.prompt.split()[2]) < 30:  # "Human: question 7"
+            raise AttemptError("bad_request", "HTTP 400: too long")
+
+    rate = RateLimiter(None, None, None, spent_usd=lambda: 0.0)
+    limiter = LocalLimiter(rate)
+    judge, ledger = FakeJudge(before), MemoryLedger()
+    outcome = asyncio.run(make_runner(judge, ledger, limiter=limiter).run(batch_of(40)))
+    assert (outcome.num_failed, len(ledger.rows)) == (
+        120,
+        40,
+    )  # 30 and 10 pairs, four questions each
+    assert len(judge.asked) == 160  # none was asked twice
+    assert rate.condition() == ""
+    assert {failure.error for failure in ledger.failures.values()} == {
+        "bad_request: HTTP 400: too long"
+    }
+
+
+def test_a_judge_that_refuses_every_pair_ends_the_run_in_one_line() -> None:
+    judge = FakeJudge(failing(1, AttemptError("bad_request", "HTTP 400: unknown parameter")))
+    with pytest.raises(
+        FeedbackError, match=r"refused the questions on 50 prompts in a row.*unknown"
+    ):
+        asyncio.run(make_runner(judge, MemoryLedger()).run(batch_of(80)))
+    assert (
+        197 <= len(judge.asked) <= 220
+    )  # 49 pairs of four questions, the next, and what was in flight

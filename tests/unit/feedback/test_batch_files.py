@@ -6,8 +6,17 @@ import json
 
 import pytest
 
+from morlaif_ray.config.judging import OpenAIBatchJudge
 from morlaif_ray.errors import FeedbackError
-from morlaif_ray.feedback.batch_files import BatchRequest, affordable, read_lines, split_requests
+from morlaif_ray.feedback.batch_files import (
+    BatchRequest,
+    Entry,
+    affordable,
+    merge,
+    read_lines,
+    split_requests,
+)
+from tests.fake_openai.answers import one_token_answer
 
 pytestmark = pytest.mark.unit
 
@@ -48,15 +57,25 @@ def test_as_many_requests_as_the_budget_allows_go_from_the_front() -> None:
 
 
 def line(name: str, status: int) -> bytes:
-    return json.dumps({"custom_id": name, "response": {"status_code": status}}).encode()
+    body = one_token_answer({"messages": []}, 1.0, "m") if status == 200 else {}
+    response = {"status_code": status, "body": body}
+    return json.dumps({"custom_id": name, "response": response}).encode()
 
 
 def test_lines_are_found_by_id_and_an_answer_wins_over_an_error() -> None:
-    found = read_lines(
-        b"\n".join([line("b", 200), b'{"custom_id": "c", "resp', b"[]", line("a", 500)]),
-        b"\n".join([line("a", 200), line("b", 500)]),
+    entry = Entry(b"k" * 16, "pair", "detail", "ab")
+    requests = {name: BatchRequest(name, b"", (entry,), 0.0) for name in "abcd"}
+    files = [line("b", 200), b'{"custom_id": "c", "resp', b"[]", line("a", 500), line("x", 200)]
+    files += [line("a", 200), line("b", 500), line("b", 200), line("d", 500)]
+    taken: list[str] = []
+    failed = merge(
+        requests,
+        read_lines(files),
+        OpenAIBatchJudge(model="m"),
+        lambda request, _: taken.append(request.custom_id),
     )
-    assert {name: entry["response"]["status_code"] for name, entry in found.items()} == {
-        "a": 200,
-        "b": 200,
+    assert taken == ["b", "a"]  # each once, in the order of the files
+    assert {name: error.message for name, error in failed.items()} == {
+        "c": "the batch brought no line for this request",
+        "d": "HTTP 500 in the batch: no message",
     }

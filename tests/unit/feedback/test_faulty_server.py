@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,6 +101,33 @@ def test_an_allowed_rate_is_kept_without_a_single_refusal(monkeypatch: pytest.Mo
     assert stats["rejected_429"] == 0
     span_s = stats["arrivals_s"][-1] - stats["arrivals_s"][0]
     assert span_s > 2.0  # 240 requests at 100 per second, less the burst of 10
+
+
+def test_the_server_ends_with_whoever_started_it_however_that_ends() -> None:
+    code = (
+        "import time\n"
+        "from benchmarks.feedback_parts import load_server\n"
+        "server = load_server()\n"
+        "with server.FaultyServer(server.ServerOptions()) as server:\n"
+        "    print(server.port, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
+    ) as parent:
+        assert parent.stdout is not None
+        port = int(parent.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port), timeout=5.0):
+            pass
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30.0
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5.0).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the server outlived its parent")
 
 
 def test_the_server_is_where_the_benchmark_looks_for_it() -> None:

@@ -61,6 +61,18 @@ def test_a_joint_answer_has_another_key_than_a_separate_one_and_a_group_of_one_t
     assert len(set(joint.values())) == 8
 
 
+def test_strengths_have_keys_of_their_own_and_a_group_of_one_keeps_its_key() -> None:
+    pair = make_pairs(1)[0]
+    strong = dataclasses.replace(JOINT, strengths=True)
+    letters, numbers = JOINT.questions(pair), strong.questions(pair)
+    changed = {a.principle for a, b in zip(letters, numbers, strict=True) if a.key != b.key}
+    assert changed == {"one", "two"}
+    joined = joint_question(numbers[:2])
+    assert "whole number for each name" in joined.phrase
+    assert "Names: one, two." in joined.phrase
+    assert 'gives "A" or "B"' in joint_question(letters[:2]).phrase
+
+
 def test_the_members_of_a_random_slot_are_asked_in_one_order() -> None:
     plan = dataclasses.replace(SEPARATE, orders="random", joint=3)
     for pair in make_pairs(20):
@@ -131,6 +143,12 @@ def test_agreement_counts_equal_signs_of_decided_judgements_only() -> None:
     assert (found["num_ties"], found["num_missing"]) == (1, 1)
     assert found["by_principle"] == {"one": {"agreement": pytest.approx(2 / 3), "num": 3}}
     assert 0.0 < found["low"] < 2 / 3 < found["high"] < 1.0
+    # (2, 0.7), (2, -0.3), (0, 1), (-2, -1): what both answered, ties included, "general" not.
+    assert found["correlation"] == pytest.approx(0.4919, abs=1e-3)
+    sure = 1 / (1 + math.exp(-2.0))
+    others = [1 / (1 + math.exp(-value)) for value in (0.7, -0.3, 1.0, -1.0)]
+    gaps = [sure - others[0], sure - others[1], others[2] - 0.5, others[3] - (1 - sure)]
+    assert found["mean_gap"] == pytest.approx(sum(gaps) / 4)
 
 
 def test_the_sample_follows_the_pairs_content_and_holds_at_least_one() -> None:
@@ -147,3 +165,18 @@ def test_the_sample_follows_the_pairs_content_and_holds_at_least_one() -> None:
 def test_joint_questions_need_a_judge_that_writes() -> None:
     with pytest.raises(ValidationError, match=r"feedback\.joint is 3 but judge.kind 'rules'"):
         FeedbackConfig.model_validate({"joint": 3})
+
+
+def test_strengths_do_not_go_with_examples_of_letters() -> None:
+    judge = {"kind": "openai", "model": "m"}
+    example = {
+        "conversation": "c",
+        "response_a": "a",
+        "response_b": "b",
+        "question": "q",
+        "answer": "A",
+    }
+    with pytest.raises(ValidationError, match=r"few_shot shows answers that are letters"):
+        FeedbackConfig.model_validate(
+            {"judge": judge, "joint": 2, "joint_answer": "strength", "few_shot": [example]}
+        )

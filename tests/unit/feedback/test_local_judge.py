@@ -22,6 +22,7 @@ from morlaif_ray.feedback.parsing import parse_answer
 from morlaif_ray.feedback.prompting import count_truncated
 from morlaif_ray.feedback.questions import PairBatch
 from morlaif_ray.feedback.template import DEFAULT_TEMPLATE, render
+from morlaif_ray.feedback.vllm_scoring import vllm_is_installed
 from tests.unit.feedback.fakes import PLAN, FakeJudge, MemoryLedger, make_pairs, make_runner
 from tests.unit.feedback.tiny_judges import CHAT_TEMPLATE, make_judge
 
@@ -248,3 +249,12 @@ def test_the_driver_counts_the_pairs_that_the_judge_will_see_cut(judge_folder: P
     assert isinstance(answer, RawAnswer)
     assert answer.prompt_tokens <= 600
     assert client.num_truncated == 0  # the prompter's cut was enough
+
+
+@pytest.mark.skipif(vllm_is_installed(), reason="vLLM is installed here: see tests/vllm")
+def test_without_vllm_auto_means_transformers_and_vllm_is_one_line(judge_folder: Path) -> None:
+    assert client_of(judge_folder, engine="auto")._vllm is None
+    with pytest.raises(
+        ConfigError, match=r"engine is vllm but vLLM is not installed.*transformers"
+    ):
+        client_of(judge_folder, engine="vllm")

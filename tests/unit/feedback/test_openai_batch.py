@@ -209,7 +209,7 @@ def killed_when(call: str, after: bool) -> type[OpenAIBatchProvider]:
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("call", ["upload", "create", "status", "content"])
+@pytest.mark.parametrize("call", ["upload", "create", "status", "fetch"])
 def test_a_driver_killed_at_any_step_resumes_and_pays_once(
     api: FakeBatchAPI, tmp_path: Path, call: str, after: bool
 ) -> None:
@@ -383,3 +383,68 @@ def test_a_driver_killed_by_the_system_finds_its_batch_again(
     assert labels(collect(config, tmp_path)) == pytest.approx(expected(config))
     assert len(api.batches) == 1
     assert set(api.executed.values()) == {1}
+
+
+def test_files_stay_at_the_provider_unless_the_config_says_otherwise(
+    api: FakeBatchAPI, tmp_path: Path
+) -> None:
+    collect(feedback(api), tmp_path)
+    assert api.deleted == {}
+    api.line_faults = {"500": 3}
+    config = feedback(api, {"delete_files": True, "max_requests_per_file": 20})
+    outcomes = collect(config, tmp_path, pairs=10)
+    assert labels(outcomes) == pytest.approx(expected(config, pairs=10))
+    assert len(api.batches) == 1 + 3  # 36 new questions in two files, three lines once more
+    # Input and output of all three, and the error file of the first.
+    assert len(api.deleted) == 3 + 3 + 1
+    assert len(api.files) == 2  # of the first run
+    assert not list(tmp_path.glob("*.batches/*.fetched"))
+
+
+def test_a_file_that_cannot_be_deleted_is_named_and_ends_nothing(
+    api: FakeBatchAPI, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    config = feedback(api, {"delete_files": True})
+
+    class Keeping(OpenAIBatchProvider):
+        def delete(self, file_id: str) -> None:
+            raise FeedbackError("no right to delete")
+
+    provider = Keeping(config.judge, RetryPolicy(max_attempts=2))
+    collect(config, tmp_path, provider=provider, tell=told.append)
+    assert [line for line in told if "stays" in line] == [
+        "file file-0 stays at the provider: no right to delete",
+        "file file-1 stays at the provider: no right to delete",
+    ]
+
+
+def test_a_batch_is_read_line_by_line_and_takes_less_memory_than_its_files(
+    api: FakeBatchAPI, tmp_path: Path
+) -> None:
+    import tracemalloc
+
+    config = feedback(api)
+    peaks: list[int] = []
+
+    class Measuring(OpenAIBatchProvider):
+        def fetch(self, file_id: str, path: Path) -> None:
+            super().fetch(file_id, path)
+            # As if the judge had reasoned at length: 420 lines become 21 MB.
+            lines = path.read_bytes().splitlines()
+            path.write_bytes(
+                b"".join(line[:-1] + b', "pad": "' + b"x" * 50_000 + b'"}\n' for line in lines)
+            )
+            del lines
+            tracemalloc.start()
+
+        def close(self) -> None:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            super().close()
+
+    provider = Measuring(config.judge, RetryPolicy(max_attempts=2))
+    outcomes = collect(config, tmp_path, pairs=70, provider=provider)
+    assert sum(outcome.num_failed for outcome in outcomes) == 0
+    files = 420 * (50_000 + 300)
+    assert peaks[0] < files / 4, (peaks, files)

@@ -13,7 +13,7 @@ from morlaif_ray.feedback.parsing import (
     hard_logprobs,
     letter_of,
     parse_answer,
-    read_letters,
+    read_choices,
 )
 
 pytestmark = pytest.mark.unit
@@ -102,9 +102,20 @@ def test_a_bare_letter_counts_two_nats() -> None:
 
 
 def test_letters_are_read_from_a_json_object_and_missing_ones_are_absent() -> None:
-    assert read_letters('{"x": "A", "y": "b", "z": "C", "v": 1}', ["x", "y", "z", "v", "w"]) == (
-        {"x": "A", "y": "B"},
-        "",
-    )
-    assert read_letters('{"x": "A"', ["x"])[1] == "the answer is not the JSON object asked for"
-    assert read_letters('["A"]', ["x"])[1] == "the answer is not the JSON object asked for"
+    content = '{"x": "A", "y": "b", "z": "C", "v": true, "u": 101}'
+    found, problem = read_choices(content, ["x", "y", "z", "v", "u", "w"])
+    assert (found, problem) == ({"x": hard_logprobs("A"), "y": hard_logprobs("B")}, "")
+    assert read_choices('{"x": "A"', ["x"])[1] == "the answer is not the JSON object asked for"
+    assert read_choices('["A"]', ["x"])[1] == "the answer is not the JSON object asked for"
+
+
+def test_a_stated_strength_is_a_soft_preference_and_never_a_certainty() -> None:
+    found, _ = read_choices('{"x": 75, "y": 50, "z": 0, "v": 100}', ["x", "y", "z", "v"])
+    log_odds = {
+        name: parse_answer(RawAnswer(top, "m", 1, 1)).log_odds for name, top in found.items()
+    }
+    assert log_odds["x"] == pytest.approx(math.log(3.0))
+    assert log_odds["y"] == pytest.approx(0.0)
+    assert log_odds["v"] == pytest.approx(math.log(0.98 / 0.02))
+    assert log_odds["z"] == pytest.approx(-log_odds["v"])
+    assert parse_answer(RawAnswer(found["x"], "m", 1, 1)).mass == pytest.approx(1.0)

@@ -14,9 +14,10 @@ import pytest
 from morlaif_ray.artifacts import write_json
 from morlaif_ray.errors import ArtifactError, FeedbackError
 from morlaif_ray.feedback.export import export_answers
+from morlaif_ray.feedback.intents import Intent, Settled
 from morlaif_ray.feedback.judgement_table import JudgementTable
 from morlaif_ray.feedback.ledger import FailureRow, Ledger, LedgerRow
-from morlaif_ray.feedback.status import Progress, describe, duration, read_status
+from morlaif_ray.feedback.status import Progress, describe, doubts_in_words, duration, read_status
 from morlaif_ray.types import Judgement
 
 pytestmark = pytest.mark.unit
@@ -83,6 +84,24 @@ def test_in_words(ledger: Ledger, tmp_path: Path) -> None:
     assert "+0.500 nats" in text
     assert "66.7% (" in text
     assert "1 x timeout: no answer" in text
+
+
+def test_what_may_have_been_billed_is_said_beside_what_was(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.announce([Intent(number, b"k", 0.004) for number in range(3)])
+    text = "\n".join(describe(read_status(ledger.path, note(tmp_path), {})))
+    assert "possibly" not in text  # they may still be answered
+    settled = [Settled(0), Settled(1, "no readable answer (timeout)")]
+    ledger.append("recipe", [], [], settled)
+    ledger.close()  # whoever had the third is gone
+    text = "\n".join(describe(read_status(ledger.path, note(tmp_path), {})))
+    assert "possibly $0.0080 more, at most: 2 requests" in text
+    assert "1 x in flight when a process died" in text
+    assert "1 x no readable answer (timeout)" in text
+    assert "\n".join(doubts_in_words(ledger.path)) in text
+
+
+def test_where_nothing_is_in_doubt_nothing_is_said(ledger: Ledger) -> None:
+    assert doubts_in_words(ledger.path) == []
 
 
 def test_a_run_that_died_and_one_that_stopped_are_told_apart(
