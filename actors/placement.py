@@ -265,7 +265,7 @@ def num_principles(config: Config) -> int:
 
 def trained_models(config: Config) -> int:
     """Preference models that stage 3 trains: one per principle or one trunk, and the baselines that need their own."""
-    principles = 1 if config.preference.topology == "shared_trunk" else num_principles(config)
+    principles = 1 if config.preference.trains_together else num_principles(config)
     return principles + sum(name != "best_principle" for name in config.preference.baselines)
 
 
@@ -317,7 +317,7 @@ def _panel(config: Config, phase: str, num_models: int) -> Bundle:
 
 def _panel_models(config: Config) -> int:
     """Saved models that rewards are read from: the principles' and the arms' baselines'."""
-    principles = 1 if config.preference.topology == "shared_trunk" else num_principles(config)
+    principles = 1 if config.preference.trains_together else num_principles(config)
     baselines = {arm.baseline for arm in config.policy.arms} - {None, "best_principle"}
     return principles + len(baselines)
 
