@@ -74,7 +74,7 @@ class PreferenceModel:
         """A new preference model on a causal LM's trunk; the score heads start at small seeded values.
 
         `late_branching` gives every head its own last `branch_blocks` blocks (None: a quarter): copies, or with `lora`
-        adapters there alone.
+        adapters there alone. Copies for a single head would be a plain model, and are one.
         """
         from transformers import AutoModelForSequenceClassification
 
@@ -92,7 +92,7 @@ class PreferenceModel:
             )
             model.config.pad_token_id = tokenizer.pad_token_id
             limit = getattr(model.config, "max_position_embeddings", None) or max_length
-            late = topology == "late_branching"
+            late = topology == "late_branching" and (len(heads) > 1 or lora is not None)
             if lora is not None:
                 model = _with_adapters(model, lora, late=late, branch_blocks=branch_blocks)
             elif late:

@@ -48,7 +48,7 @@ def opinionated(model: PreferenceModel, seed: int) -> PreferenceModel:
     with torch.no_grad():
         for name, parameter in model.model.named_parameters():
             if parameter.requires_grad:
-                scale = 1.0 if "score" in name else 0.3
+                scale = 1.0 if "score" in name else 0.05 if "lora_" in name else 0.3
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     model.model.eval()
     return model
