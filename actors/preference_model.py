@@ -30,6 +30,7 @@ class PreferenceModelActor:
         max_tokens: int | None = None,
         bank: bool = False,
         heads: Mapping[str, Mapping[int, str]] | None = None,
+        last_block_at_end: bool = False,
     ) -> None:
         set_single_thread()
         self._limits: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
@@ -42,6 +43,7 @@ class PreferenceModelActor:
             for folder in folders:
                 model = PreferenceModel.load(folder)
                 model.model.to(device)
+                model.last_block_at_end = last_block_at_end
                 self._models[folder] = model
             names = {folder: self._models[folder].heads for folder in folders}
         self._names = names
@@ -83,6 +85,7 @@ def spawn_preference_model(
     max_tokens: int | None = None,
     bank: bool = False,
     heads: Mapping[str, Mapping[int, str]] | None = None,
+    last_block_at_end: bool = False,
 ) -> Any:
     """An actor handle of a `PreferenceModelActor` that reserves the given CPUs and GPUs."""
     device = "cuda" if num_gpus else "cpu"
@@ -94,6 +97,7 @@ def spawn_preference_model(
         max_tokens,
         bank,
         heads,
+        last_block_at_end,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
     )

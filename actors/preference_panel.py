@@ -213,4 +213,5 @@ def _spawner(
         max_tokens=config.preference.score_tokens_per_batch,
         bank=bank,
         heads=names,
+        last_block_at_end=config.preference.last_block_at_end,
     )

@@ -84,6 +84,9 @@ class PreferenceConfig(Section):
     """Most texts of one forward."""
     score_tokens_per_batch: PositiveInt | None = None
     """Most tokens, padding included, of one forward; None: only `score_batch_size` counts."""
+    last_block_at_end: bool = False
+    """True: training and scoring compute the last block for the last token alone, which is all a score reads: equal
+    within rounding, faster the fewer blocks there are (GPT-2, Llama, Gemma). Branches and adapter banks always do."""
 
     @model_validator(mode="after")
     def _topology_fits(self) -> PreferenceConfig:

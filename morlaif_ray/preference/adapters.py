@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from morlaif_ray.backbone import encode_scored_texts, load_tokenizer, load_whole
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.preference.batching import length_batches, padded
-from morlaif_ray.preference.branching import HEAD, Tail, layout_of
+from morlaif_ray.preference.branching import HEAD, Tail, end_states, layout_of
 from morlaif_ray.preference.saved import (
     ADAPTER_WEIGHTS,
     Card,
@@ -85,10 +85,8 @@ class TiledTail(Tail):
         rows = hidden_BLD.repeat(times, 1, 1)
         tiled_args = [_tiled(value, batch, times) for value in args]
         tiled_kwargs = {name: _tiled(value, batch, times) for name, value in kwargs.items()}
-        for block in self.blocks:
-            rows = block(rows, *tiled_args, **tiled_kwargs)
-        every = torch.arange(len(rows), device=rows.device)
-        states = self.norm(rows[every, self.last_B.repeat(times)])
+        last = self.last_B.repeat(times)
+        states = self.norm(self.run(list(self.blocks), rows, last, *tiled_args, **tiled_kwargs))
         self.states = list(states.view(times, batch, -1))
         return hidden_BLD
 
@@ -170,13 +168,14 @@ class AdapterBank:
             self.model.base_model(input_ids=tokens_BL, attention_mask=mask_BL, use_cache=False)
             states = self._tail.take()
         else:
-            hidden = self.model.base_model(
-                input_ids=tokens_BL.repeat(times, 1),
-                attention_mask=mask_BL.repeat(times, 1),
-                use_cache=False,
-            ).last_hidden_state
-            rows = torch.arange(len(hidden), device=device)
-            states = list(hidden[rows, last_B.repeat(times)].view(times, len(ids), -1))
+            state = end_states(
+                self.model.base_model,
+                tokens_BL.repeat(times, 1),
+                mask_BL.repeat(times, 1),
+                last_B.repeat(times),
+                shortcut=True,
+            )
+            states = list(state.view(times, len(ids), -1))
         return [
             nn.functional.linear(state.to(self._heads[row].dtype), self._heads[row]).float()
             for row, state in zip(self._chosen.rows, states, strict=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from morlaif_ray.errors import ArtifactError, ConfigError
+from morlaif_ray.preference.last_token import at_last_token, supports
 
 TRUNK_FILE = "trunk.safetensors"
 HEADS_DIR = "heads"
@@ -83,9 +85,22 @@ class Tail(nn.Module):
         self.states: list[Tensor] = []
         """Normed states [B, D] at the last token, one per evaluated branch."""
 
-    def at_last(self, hidden_BLD: Tensor) -> Tensor:
-        rows = torch.arange(len(hidden_BLD), device=hidden_BLD.device)
-        return hidden_BLD[rows, self.last_B]
+    def run(
+        self,
+        blocks: Sequence[nn.Module],
+        rows_BLD: Tensor,
+        last_B: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """States [B, D] at the last token after all blocks, the last of them for that token alone where possible."""
+        for block in blocks[:-1]:
+            rows_BLD = block(rows_BLD, *args, **kwargs)
+        if supports(blocks[-1]):
+            return at_last_token(blocks[-1], rows_BLD, last_B, **kwargs)
+        whole_BLD = blocks[-1](rows_BLD, *args, **kwargs)
+        state_BD: Tensor = whole_BLD[torch.arange(len(whole_BLD), device=last_B.device), last_B]
+        return state_BD
 
     def take(self) -> list[Tensor]:
         """The states of the last forward, once."""
@@ -107,11 +122,60 @@ class BranchedTail(Tail):
     def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.states = []
         for index in self.wanted:
-            branch_BLD = hidden_BLD
-            for block in self.branches[index]:  # type: ignore[attr-defined]
-                branch_BLD = block(branch_BLD, *args, **kwargs)
-            self.states.append(self.norms[index](self.at_last(branch_BLD)))
+            blocks: Any = self.branches[index]
+            state_BD = self.run(list(blocks), hidden_BLD, self.last_B, *args, **kwargs)
+            self.states.append(self.norms[index](state_BD))
         return hidden_BLD
+
+
+class LastTail(Tail):
+    """Stands in for the last block of a model without branches while `last_block_at_end` is open."""
+
+    def __init__(self, block: nn.Module, last_B: Tensor) -> None:
+        super().__init__()
+        self.block = block
+        self.last_B = last_B
+
+    def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.states = [self.run([self.block], hidden_BLD, self.last_B, *args, **kwargs)]
+        return hidden_BLD
+
+
+@contextmanager
+def last_block_at_end(base: Any, last_B: Tensor) -> Iterator[LastTail | None]:
+    """Inside, the decoder's forward computes its last block at `last_B` alone and leaves the rest unnormed.
+
+    None where the block's arithmetic is not known. Outside, the decoder is as it was: saving sees no trace.
+    """
+    found = [pair for pair in LAYOUTS if hasattr(base, pair[0]) and hasattr(base, pair[1])]
+    if not found or not supports(getattr(base, found[0][0])[-1]):
+        yield None
+        return
+    blocks = getattr(base, found[0][0])
+    whole = blocks[-1]
+    tail = LastTail(whole, last_B)
+    blocks[-1] = tail
+    try:
+        yield tail
+    finally:
+        blocks[-1] = whole
+
+
+def end_states(
+    base: Any, tokens_BL: Tensor, mask_BL: Tensor, last_B: Tensor, *, shortcut: bool
+) -> Tensor:
+    """Normed states [B, D] at the last real token; with `shortcut` the last block is computed there alone."""
+    inputs = {"input_ids": tokens_BL, "attention_mask": mask_BL, "use_cache": False}
+    if shortcut:
+        with last_block_at_end(base, last_B) as tail:
+            if tail is not None:
+                layout = layout_of(base)
+                base(**inputs)
+                state_BD: Tensor = getattr(base, layout.norm)(tail.take()[0])
+                return state_BD
+    hidden_BLD = base(**inputs).last_hidden_state
+    end_BD: Tensor = hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
+    return end_BD
 
 
 def branch(classifier: Any, num_branches: int, num_blocks: int | None) -> BranchedTail:

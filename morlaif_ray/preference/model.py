@@ -25,6 +25,7 @@ from morlaif_ray.preference.branching import (
     HEAD,
     HEADS_DIR,
     branch,
+    end_states,
     layout_of,
     load_branches,
     num_branch_blocks,
@@ -57,6 +58,8 @@ class PreferenceModel:
         self.max_length = max_length
         self.tokens_per_batch: int | None = None
         """Most tokens, padding included, of one pass of `forward`; None: one pass, padded to the longest."""
+        self.last_block_at_end = False
+        """Whether the last block is computed for the last token alone: the same scores within rounding, faster."""
 
     @classmethod
     def from_backbone(
@@ -159,11 +162,11 @@ class PreferenceModel:
         if tail is not None:
             tail.last_B = last_B
             tail.wanted = range(len(self.heads)) if heads is None else heads
-        hidden_BLD = inner.base_model(
-            input_ids=tokens_BL, attention_mask=mask_BL, use_cache=False
-        ).last_hidden_state
+        state_BD = end_states(
+            inner.base_model, tokens_BL, mask_BL, last_B, shortcut=self.last_block_at_end
+        )
         if tail is None:
-            scores = inner.score(hidden_BLD[torch.arange(len(ids), device=device), last_B]).float()
+            scores = inner.score(state_BD).float()
             return scores if heads is None else scores[:, list(heads)]
         weight_HD = inner.score.weight[list(tail.wanted)]
         return torch.einsum("bhd,hd->bh", torch.stack(tail.take(), dim=1), weight_HD).float()

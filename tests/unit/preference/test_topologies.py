@@ -385,3 +385,40 @@ def test_a_token_limit_changes_neither_scores_nor_gradients_of_a_training_step(
     np.testing.assert_allclose(gradients[0][0], gradients[1][0], atol=1e-5)
     for whole, split in zip(gradients[0][1], gradients[1][1], strict=True):
         np.testing.assert_allclose(split, whole, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_last_block_at_the_end_alone_gives_the_same_scores_and_gradients(
+    backbone: Backbone, kind: str, lora: LoraConfig | None
+) -> None:
+    model = opinionated(
+        PreferenceModel.from_backbone(backbone(kind), HEADS, max_length=24, seed=5, lora=lora), 1
+    )
+    results = []
+    names = set(model.model.state_dict())
+    for model.last_block_at_end in (False, True):
+        model.model.zero_grad()
+        scores = model.forward(model.encode(TEXTS))
+        scores.tanh().sum().backward()
+        gradients = [p.grad.numpy().copy() for p in model.model.parameters() if p.grad is not None]
+        results.append((scores.detach().numpy(), gradients))
+    (whole, expected), (short, found) = results
+    np.testing.assert_allclose(short, whole, atol=1e-5)
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+    assert set(model.model.state_dict()) == names
+
+
+def test_a_block_of_unknown_arithmetic_is_computed_whole(backbone: Backbone) -> None:
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+    class Other(GPT2Block):
+        pass
+
+    model = PreferenceModel.from_backbone(backbone(), HEADS, max_length=24, seed=5)
+    whole = model.score_heads(TEXTS)
+    model.model.transformer.h[-1].__class__ = Other
+    model.last_block_at_end = True
+    np.testing.assert_array_equal(model.score_heads(TEXTS), whole)
