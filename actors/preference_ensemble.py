@@ -62,7 +62,7 @@ def fit_and_score_ensemble(
 
 
 def _one_trunk(config: Config) -> Config:
-    """Members are heads on one trunk whatever the topology: a branch per head would cost members x principles of them."""
+    """Members are heads on one trunk whatever the topology: a branch per head costs members x principles."""
     update = {"topology": "shared_trunk", "branch_blocks": None}
     preference = config.preference.model_copy(update=update)
     return config.model_copy(update={"preference": preference})
