@@ -263,7 +263,7 @@ def num_principles(config: Config) -> int:
 
 def trained_models(config: Config) -> int:
     """Preference models that stage 3 trains: one per principle or one trunk, and the baselines that need their own."""
-    principles = 1 if config.preference.topology == "shared_trunk" else num_principles(config)
+    principles = 1 if config.preference.trains_together else num_principles(config)
     return principles + sum(name != "best_principle" for name in config.preference.baselines)
 
 
@@ -300,12 +300,14 @@ def _preference(config: Config) -> list[Bundle]:
 def _panel(config: Config, phase: str, num_models: int) -> Bundle:
     """The actors behind the panel: one per saved model, or all of them in one."""
     preference, shape = config.preference, _pm_shape(config)
-    together = num_models if preference.panel_placement == "one_actor" else 1
-    gpus = config.policy.panel_gpus_per_model * together
+    bank = preference.scores_as_bank  # adapters: one backbone, a row per text and adapter
+    together = num_models if bank or preference.panel_placement == "one_actor" else 1
+    gpus = config.policy.panel_gpus_per_model * (1 if bank else together)
     memory = math.nan
     if shape is not None:
-        load = Load(preference.score_batch_size, preference.max_length)
-        memory = scoring_gb(shape, load, num_models=together, on_gpu=gpus > 0)
+        rows = preference.score_batch_size * (num_models if bank else 1)
+        load = Load(rows, preference.max_length)
+        memory = scoring_gb(shape, load, num_models=1 if bank else together, on_gpu=gpus > 0)
     reduce = "policy.panel_gpus_per_model or preference.score_batch_size" if gpus else ""
     reduce = reduce or "the panel (preference.panel_placement: one_actor)"
     return Bundle(
@@ -315,7 +317,7 @@ def _panel(config: Config, phase: str, num_models: int) -> Bundle:
 
 def _panel_models(config: Config) -> int:
     """Saved models that rewards are read from: the principles' and the arms' baselines'."""
-    principles = 1 if config.preference.topology == "shared_trunk" else num_principles(config)
+    principles = 1 if config.preference.trains_together else num_principles(config)
     baselines = {arm.baseline for arm in config.policy.arms} - {None, "best_principle"}
     return principles + len(baselines)
 

@@ -41,6 +41,7 @@ def fit_and_score_ensemble(
 
     The recipe is section `preference`. `work` is removed at the end: the caller keeps what it chose.
     """
+    config = _one_trunk(config)
     work.mkdir(parents=True, exist_ok=True)
     texts_a, texts_b = zip(*judged, strict=True)
     labels = {name: log_odds_NH[:, index] for index, name in enumerate(columns)}
@@ -58,6 +59,13 @@ def fit_and_score_ensemble(
         panel.close()
     shutil.rmtree(work)
     return sides[0], sides[1]
+
+
+def _one_trunk(config: Config) -> Config:
+    """Members are heads on one trunk whatever the topology: a branch per head costs members x principles."""
+    update = {"topology": "shared_trunk", "branch_blocks": None}
+    preference = config.preference.model_copy(update=update)
+    return config.model_copy(update={"preference": preference})
 
 
 def _score(panel: PreferencePanel, texts: Sequence[str]) -> FloatArray:

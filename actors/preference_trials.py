@@ -52,7 +52,11 @@ def preference_loop(settings: Mapping[str, Any]) -> None:
         dtype=config.model.dtype
         if config.preference.lora and config.model.kind == "pretrained"
         else "float32",
+        topology=config.preference.topology,
+        branch_blocks=config.preference.branch_blocks,
     )
+    model.tokens_per_batch = config.preference.train_tokens_per_batch
+    model.last_block_at_end = config.preference.last_block_at_end
     _to_gpu(model)
     progress = ProgressFile(work / "progress" / f"{name}.json")
     history = train_preference_model(

@@ -123,25 +123,37 @@ def wait_all_ready(actors: Sequence[SupervisedActor]) -> None:
         raise
 
 
-def call_all(calls: Sequence[Call]) -> list[Any]:
-    """Makes all calls at once; results in order. A lost actor is revived and its call repeated.
+class PendingCalls:
+    """Calls under way; `results()` waits for them. A lost actor is revived and its call repeated."""
 
-    Raises the method's own error as it is, or ActorLostError when a restart budget is used up.
-    """
-    results: list[Any] = [None] * len(calls)
-    waiting = {
-        index: call.actor.submit(call.method, call.arguments) for index, call in enumerate(calls)
-    }
-    while waiting:
-        for index, (reference, handle) in list(waiting.items()):
-            call = calls[index]
-            done, value = _collect(call, reference, handle)
-            if done:
-                results[index] = value
-                del waiting[index]
-            else:
-                waiting[index] = call.actor.submit(call.method, call.arguments)
-    return results
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = list(calls)
+        self._waiting = {index: self._submit(index) for index in range(len(self._calls))}
+        self._results: list[Any] = [None] * len(self._calls)
+
+    def results(self) -> list[Any]:
+        """In the order of the calls, each collected once however often this is asked.
+
+        Raises the method's own error as it is, or ActorLostError when a restart budget is used up.
+        """
+        while self._waiting:
+            for index, (reference, handle) in list(self._waiting.items()):
+                done, value = _collect(self._calls[index], reference, handle)
+                if done:
+                    self._results[index] = value
+                    del self._waiting[index]
+                else:
+                    self._waiting[index] = self._submit(index)
+        return self._results
+
+    def _submit(self, index: int) -> tuple[Any, Any]:
+        call = self._calls[index]
+        return call.actor.submit(call.method, call.arguments)
+
+
+def call_all(calls: Sequence[Call]) -> list[Any]:
+    """Makes all calls at once; results in order. Errors as those of `PendingCalls.results`."""
+    return PendingCalls(calls).results()
 
 
 def call(actor: SupervisedActor, method: str, *arguments: Any) -> Any:

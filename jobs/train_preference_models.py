@@ -65,10 +65,8 @@ def plan_trainings(config: Config, columns: Sequence[str]) -> dict[str, list[str
     """Name of each training -> its label columns (one head each)."""
     principles = [name for name in columns if not name.startswith("baseline_")]
     baselines = [name for name in columns if name.startswith("baseline_")]
-    if config.preference.topology == "shared_trunk":
-        plan = {TRUNK: principles}
-    else:
-        plan = {name: [name] for name in principles}
+    together = config.preference.trains_together
+    plan = {TRUNK: principles} if together else {name: [name] for name in principles}
     return plan | {name: [name] for name in baselines}
 
 
@@ -108,7 +106,7 @@ def _backbone(context: JobContext) -> str:
 def _panel_card(
     config: Config, principles: Sequence[str], table: LogOddsTable, pairs: Sequence[ResponsePair]
 ) -> dict[str, Any]:
-    shared = config.preference.topology == "shared_trunk"
+    shared = config.preference.trains_together
     models = {
         name: {"folder": f"models/{TRUNK if shared else name}", "head": index if shared else 0}
         for index, name in enumerate(principles)

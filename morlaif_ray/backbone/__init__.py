@@ -12,6 +12,7 @@ from morlaif_ray.backbone.dialogue import (
     dialogue_text,
     encode_prompt,
     encode_scored_text,
+    encode_scored_texts,
     with_leading_space,
 )
 from morlaif_ray.backbone.tokenizers import build_word_tokenizer, load_tokenizer
@@ -24,6 +25,7 @@ __all__ = [
     "dialogue_text",
     "encode_prompt",
     "encode_scored_text",
+    "encode_scored_texts",
     "load_causal_lm",
     "load_tokenizer",
     "load_whole",

@@ -6,10 +6,13 @@ Truncation keeps the end. A scored text always ends with EOS, whose hidden state
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
+TOKENIZER_CHUNK = 1024
+"""Texts per call of the tokenizer."""
 
 
 def with_leading_space(response: str) -> str:
@@ -31,6 +34,16 @@ def encode_scored_text(tokenizer: Any, text: str, max_length: int) -> list[int]:
     """Token ids of a whole dialogue for a preference model: its end, then EOS; at most `max_length`."""
     ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
     return [*_end_of(ids, max_length - 1), tokenizer.eos_token_id]
+
+
+def encode_scored_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """`encode_scored_text` of many texts in few calls, which a fast tokenizer spreads over its own loop."""
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), TOKENIZER_CHUNK):
+        chunk = list(texts[start : start + TOKENIZER_CHUNK])
+        for ids in tokenizer(chunk, add_special_tokens=True)["input_ids"]:
+            rows.append([*_end_of(ids, max_length - 1), tokenizer.eos_token_id])
+    return rows
 
 
 def _end_of(ids: list[int], num: int) -> list[int]:

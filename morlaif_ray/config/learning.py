@@ -43,8 +43,13 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 class PreferenceConfig(Section):
     """One preference model per principle, and the single-objective baselines on the same pairs."""
 
-    topology: Literal["separate", "shared_trunk"] = "separate"
-    """separate: K models (the paper); shared_trunk: one trunk with K heads."""
+    topology: Literal["separate", "shared_trunk", "late_branching", "adapters"] = "separate"
+    """separate: K models (the paper); shared_trunk: one trunk with K heads; late_branching: one trunk whose last
+    `branch_blocks` blocks exist once per principle; adapters: K LoRA adapters (`lora`) on one frozen backbone, scored
+    in one batched pass."""
+    branch_blocks: PositiveInt | None = None
+    """late_branching: blocks of each branch; None: a quarter of the backbone's. Without `lora` the branches are full
+    copies above a trunk trained with them; with `lora` adapters above a frozen trunk."""
     backbone: str | None = None
     """A folder or hub id for the PMs' backbone; None: the SFT model."""
     baselines: list[Baseline] = [
@@ -59,6 +64,9 @@ class PreferenceConfig(Section):
     """Coefficient of (r_a + r_b)^2, which fixes the free constant of a reward."""
     num_epochs: PositiveInt = 1
     batch_size: PositiveInt = 32
+    train_tokens_per_batch: PositiveInt | None = None
+    """Most tokens, padding included, of one forward of a step, whose texts are then grouped by length; None: all texts
+    of a step are padded to the longest."""
     learning_rate: PositiveFloat = 5e-5
     warmup_steps: NonNegativeInt = 250
     max_length: PositiveInt = 512
@@ -75,6 +83,36 @@ class PreferenceConfig(Section):
     max_failures: NonNegativeInt = 1
     """Restarts of a lost training before the stage ends with an error."""
     score_batch_size: PositiveInt = 64
+    """Most texts of one forward."""
+    score_tokens_per_batch: PositiveInt | None = None
+    """Most tokens, padding included, of one forward; None: only `score_batch_size` counts."""
+    last_block_at_end: bool = False
+    """True: training and scoring compute the last block for the last token alone, which is all a score reads: equal
+    within rounding, faster the fewer blocks there are (GPT-2, Llama, Gemma). Branches and adapter banks always do."""
+
+    @model_validator(mode="after")
+    def _topology_fits(self) -> PreferenceConfig:
+        if self.topology == "adapters" and self.lora is None:
+            raise ValueError(
+                "topology 'adapters' needs 'lora'; write lora: {} for the paper's rank 8, alpha 32"
+            )
+        if self.branch_blocks is not None and self.topology != "late_branching":
+            raise ValueError(
+                f"branch_blocks belongs to topology 'late_branching', not '{self.topology}'; remove it"
+            )
+        return self
+
+    @property
+    def trains_together(self) -> bool:
+        """Whether all principles are heads of one saved model, trained together."""
+        return self.topology == "shared_trunk" or (
+            self.topology == "late_branching" and self.lora is None
+        )
+
+    @property
+    def scores_as_bank(self) -> bool:
+        """Whether the saved adapters are loaded as one `AdapterBank`."""
+        return self.topology in ("adapters", "late_branching") and self.lora is not None
 
 
 class RewardConfig(Section):

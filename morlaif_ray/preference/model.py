@@ -1,31 +1,51 @@
 """A preference model: a transformer trunk with one score head per principle that it serves.
 
 Saved as a Hugging Face sequence-classification folder (`num_labels` = heads, `id2label` = their names), so plain
-transformers or PEFT load it too; `preference_model.json` adds what scoring needs to be the same everywhere.
+transformers or PEFT load it too; `preference_model.json` adds what scoring needs to be the same everywhere. With
+branches (`branching.py`) there is such a folder per head, above one shared file.
 Legend: B texts, H heads, L tokens, D width.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from morlaif_ray.backbone import encode_scored_text, load_tokenizer, load_whole
+from morlaif_ray.backbone import encode_scored_texts, load_tokenizer, load_whole
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.errors import ArtifactError, NumericalError
+from morlaif_ray.preference.batching import length_batches, padded
+from morlaif_ray.preference.branching import (
+    HEAD,
+    HEADS_DIR,
+    branch,
+    end_states,
+    layout_of,
+    load_branches,
+    num_branch_blocks,
+    save_branched,
+    tail_of,
+)
+from morlaif_ray.preference.saved import (
+    TEMPLATE,
+    Card,
+    backbone_fingerprint,
+    check_adapter_files,
+    check_backbone,
+    check_num_heads,
+    read_card,
+    write_card,
+)
 from morlaif_ray.tensor_ops import last_true_index
 from morlaif_ray.types import FloatArray
 
-CARD = "preference_model.json"
-TEMPLATE = "dialogue-eos-v1"
-HEAD = "score"
-"""Name of the head's weights in a Hugging Face sequence-classification model."""
+DEFAULT_BATCH = 64
 
 
 class PreferenceModel:
@@ -36,6 +56,10 @@ class PreferenceModel:
         self.tokenizer = tokenizer
         self.heads = tuple(heads)
         self.max_length = max_length
+        self.tokens_per_batch: int | None = None
+        """Most tokens, padding included, of one pass of `forward`; None: one pass, padded to the longest."""
+        self.last_block_at_end = False
+        """Whether the last block is computed for the last token alone: the same scores within rounding, faster."""
 
     @classmethod
     def from_backbone(
@@ -47,8 +71,14 @@ class PreferenceModel:
         seed: int,
         lora: LoraConfig | None = None,
         dtype: str = "float32",
+        topology: str = "separate",
+        branch_blocks: int | None = None,
     ) -> PreferenceModel:
-        """A new preference model on a causal LM's trunk; the score heads start at small seeded values."""
+        """A new preference model on a causal LM's trunk; the score heads start at small seeded values.
+
+        `late_branching` gives every head its own last `branch_blocks` blocks (None: a quarter): copies, or with `lora`
+        adapters there alone. Copies for a single head would be a plain model, and are one.
+        """
         from transformers import AutoModelForSequenceClassification
 
         tokenizer = load_tokenizer(path)
@@ -65,82 +95,111 @@ class PreferenceModel:
             )
             model.config.pad_token_id = tokenizer.pad_token_id
             limit = getattr(model.config, "max_position_embeddings", None) or max_length
+            late = topology == "late_branching" and (len(heads) > 1 or lora is not None)
             if lora is not None:
-                model = _with_adapters(model, lora)
+                model = _with_adapters(model, lora, late=late, branch_blocks=branch_blocks)
+            elif late:
+                branch(model, len(heads), branch_blocks)
         return cls(model, tokenizer, heads, min(max_length, limit))
 
     @classmethod
     def load(cls, folder: str | Path) -> PreferenceModel:
-        """Loads a saved folder; ArtifactError where card, tokenizer or score head is missing."""
+        """Loads a saved folder; ArtifactError where a part is missing, or an adapter's backbone is another one."""
         folder = Path(folder)
-        card_path = folder / CARD
-        try:
-            card = json.loads(card_path.read_text(encoding="utf-8"))
-            template, _ = card["template"], (card["heads"], card["max_length"], card["dtype"])
-        except FileNotFoundError:
-            raise ArtifactError(f"{folder}: not a preference model ({CARD} is missing)") from None
-        except (ValueError, KeyError, TypeError):
-            raise ArtifactError(f"{card_path}: damaged; train the model again") from None
-        if template != TEMPLATE:
-            raise ArtifactError(
-                f"{folder}: made with template {template!r}, this version uses {TEMPLATE!r}"
-            )
+        card = read_card(folder)
         tokenizer = load_tokenizer(str(folder))
         model = _load_classifier(folder, card)
         model.eval()
-        return cls(model, tokenizer, card["heads"], card["max_length"])
+        return cls(model, tokenizer, card.heads, card.max_length)
 
     def save(self, folder: str | Path) -> None:
         """Writes weights (safetensors, score head included), tokenizer and card."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, safe_serialization=True)
+        inner = _classifier(self.model)
+        adapted, tail = _is_adapted(self.model), tail_of(inner)
+        if tail is None:
+            self.model.save_pretrained(folder, safe_serialization=True)
+        else:
+            save_branched(self.model, self.heads, folder)
         self.tokenizer.save_pretrained(folder)
-        adapters = _is_adapted(self.model)
-        card = {
-            "heads": list(self.heads),
-            "max_length": self.max_length,
-            "template": TEMPLATE,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "adapter": adapters,
-            "backbone": self.model.peft_config["default"].base_model_name_or_path
-            if adapters
-            else None,
-        }
-        (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        settings = self.model.peft_config["default"] if adapted else None
+        card = Card(
+            heads=list(self.heads),
+            max_length=self.max_length,
+            template=TEMPLATE,
+            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            adapter=adapted,
+            backbone=settings.base_model_name_or_path if settings is not None else None,
+            backbone_fingerprint=backbone_fingerprint(inner) if adapted else None,
+            branch_blocks=None if tail is None else len(tail.branches[0]),  # type: ignore[arg-type]
+        )
+        write_card(folder, card)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encode_scored_text(self.tokenizer, text, self.max_length) for text in texts]
+        return encode_scored_texts(self.tokenizer, texts, self.max_length)
 
-    def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Scores [B, H] of token id lists, at the last real token of each (padding never matters)."""
-        length = max(len(row) for row in ids)
+    def forward(self, ids: Sequence[Sequence[int]], heads: Sequence[int] | None = None) -> Tensor:
+        """Scores [B, H] of token id lists, at the last real token of each (padding never matters).
+
+        `heads` (default all) chooses the columns; a branch that is not wanted is not computed. With
+        `tokens_per_batch` set, texts of similar length share a pass and the rows come back in order.
+        """
+        if self.tokens_per_batch is None:
+            return self._pass(ids, heads)
+        batches = length_batches([len(row) for row in ids], len(ids), self.tokens_per_batch)
+        scores = torch.cat([self._pass([ids[i] for i in rows], heads) for rows in batches])
+        places = torch.empty(len(ids), dtype=torch.long)
+        places[torch.tensor([row for rows in batches for row in rows])] = torch.arange(len(ids))
+        return scores[places.to(scores.device)]
+
+    def _pass(self, ids: Sequence[Sequence[int]], heads: Sequence[int] | None) -> Tensor:
         device = next(self.model.parameters()).device
-        pad = self.tokenizer.pad_token_id
-        tokens_BL = torch.tensor(
-            [[*row, *([pad] * (length - len(row)))] for row in ids], device=device
-        )
-        mask_BL = torch.tensor(
-            [[1] * len(row) + [0] * (length - len(row)) for row in ids], device=device
-        )
+        tokens_BL, mask_BL = padded(ids, self.tokenizer.pad_token_id, device)
         inner = _classifier(self.model)
-        hidden_BLD = inner.base_model(
-            input_ids=tokens_BL, attention_mask=mask_BL, use_cache=False
-        ).last_hidden_state
         last_B = last_true_index(mask_BL.bool())
-        hidden_BD = hidden_BLD[torch.arange(len(ids), device=device), last_B]
-        return inner.score(hidden_BD).float()  # type: ignore[no-any-return]
+        tail = tail_of(inner)
+        if tail is not None:
+            tail.last_B = last_B
+            tail.wanted = range(len(self.heads)) if heads is None else heads
+        state_BD = end_states(
+            inner.base_model, tokens_BL, mask_BL, last_B, shortcut=self.last_block_at_end
+        )
+        if tail is None:
+            scores = inner.score(state_BD).float()
+            return scores if heads is None else scores[:, list(heads)]
+        weight_HD = inner.score.weight[list(tail.wanted)]
+        return torch.einsum("bhd,hd->bh", torch.stack(tail.take(), dim=1), weight_HD).float()
 
     @torch.no_grad()
-    def score_heads(self, texts: Sequence[str], *, batch_size: int = 64) -> FloatArray:
-        """Raw scores [B, H] in head order. Sorted by length inside, so padding stays small; order kept outside."""
+    def raw_scores(
+        self,
+        texts: Sequence[str],
+        heads: Sequence[int] | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH,
+        max_tokens: int | None = None,
+    ) -> FloatArray:
+        """Scores [B, H] of the wanted heads as they come; one may be non-finite: the caller says what that means.
+
+        Sorted by length inside, so padding stays small; order kept outside.
+        """
         self.model.eval()
         ids = self.encode(texts)
-        order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
-        scores = np.empty((len(ids), len(self.heads)), dtype=np.float64)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            scores[rows] = self.forward([ids[i] for i in rows]).cpu().numpy()
+        scores = np.empty((len(ids), len(self.heads if heads is None else heads)), dtype=np.float64)
+        for rows in length_batches([len(row) for row in ids], batch_size, max_tokens):
+            scores[rows] = self._pass([ids[i] for i in rows], heads).cpu().numpy()
+        return scores
+
+    def score_heads(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = DEFAULT_BATCH,
+        max_tokens: int | None = None,
+    ) -> FloatArray:
+        """Raw scores [B, H] in head order; NumericalError names head and text of one that is not finite."""
+        scores = self.raw_scores(texts, batch_size=batch_size, max_tokens=max_tokens)
         if not np.isfinite(scores).all():
             row, head = np.argwhere(~np.isfinite(scores))[0]
             raise NumericalError(
@@ -148,7 +207,7 @@ class PreferenceModel:
             )
         return scores
 
-    def score(self, texts: Sequence[str], *, batch_size: int = 64) -> FloatArray:
+    def score(self, texts: Sequence[str], *, batch_size: int = DEFAULT_BATCH) -> FloatArray:
         """Raw scores [B] of a model with one head."""
         if len(self.heads) != 1:
             raise ValueError(f"this model has {len(self.heads)} heads; use score_heads")
@@ -164,50 +223,93 @@ def _is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def _with_adapters(model: Any, lora: LoraConfig) -> Any:
+def _with_adapters(model: Any, lora: LoraConfig, *, late: bool, branch_blocks: int | None) -> Any:
     from peft import LoraConfig as PeftLora
     from peft import TaskType, get_peft_model
 
+    targets: Any = lora.target_modules
+    if late:
+        targets = _linear_layers_of_last_blocks(model, lora, branch_blocks)
     settings = PeftLora(
         task_type=TaskType.SEQ_CLS,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=["score"],
+        target_modules=targets,
+        modules_to_save=[HEAD],
     )
     return get_peft_model(model, settings)
 
 
-def _load_classifier(folder: Path, card: dict[str, Any]) -> Any:
+def _linear_layers_of_last_blocks(
+    model: Any, lora: LoraConfig, branch_blocks: int | None
+) -> list[str]:
+    """Full names of the adapted layers: PEFT's own `layers_to_transform` does not go with all-linear."""
+    layout = layout_of(model.base_model)
+    blocks = getattr(model.base_model, layout.blocks)
+    start = len(blocks) - num_branch_blocks(len(blocks), branch_blocks)
+    names = []
+    for index in range(start, len(blocks)):
+        for name, module in blocks[index].named_modules():
+            if type(module).__name__ in ("Linear", "Conv1D") and (
+                lora.target_modules == "all-linear"
+                or name.rpartition(".")[2] in lora.target_modules
+            ):
+                names.append(f"{model.base_model_prefix}.{layout.blocks}.{index}.{name}")
+    return names
+
+
+def _load_classifier(folder: Path, card: Card) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    options = {"dtype": getattr(torch, card["dtype"]), **_labels(card["heads"])}
-    if not card["adapter"]:
+    dtype = getattr(torch, card.dtype)
+    if card.branch_blocks is not None:
+        return _load_branched(folder, card)
+    options = {"dtype": dtype, **_labels(card.heads)}
+    if not card.adapter:
+        _check_stored_heads(folder, card)
         return load_whole(
             AutoModelForSequenceClassification, str(folder), "preference model", **options
         )
     from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
 
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
+    check_adapter_files(folder, card)
+    model = load_whole(
+        AutoModelForSequenceClassification, str(card.backbone), "backbone", fresh=HEAD, **options
+    )
+    check_backbone(folder, card, model)
+    return PeftModel.from_pretrained(model, folder)
+
+
+def _load_branched(folder: Path, card: Card) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    missing = [name for name in card.heads if not (folder / HEADS_DIR / name).is_dir()]
+    if missing:
         raise ArtifactError(
-            f"{folder}: adapter_model.safetensors is missing; train the model again"
-        )
-    try:
-        with safe_open(weights, framework="pt") as stored:
-            names = list(stored.keys())
-    except SafetensorError as error:
-        raise ArtifactError(f"{weights}: damaged ({error}); train the model again") from None
-    if not any(HEAD in name for name in names):
-        raise ArtifactError(
-            f"{folder}: the score head is missing beside the adapter; train the model again"
+            f"{folder / HEADS_DIR}: the branch of '{missing[0]}' is missing; train the model again"
         )
     model = load_whole(
-        AutoModelForSequenceClassification, card["backbone"], "backbone", fresh=HEAD, **options
+        AutoModelForSequenceClassification,
+        str(folder / HEADS_DIR / card.heads[0]),
+        "preference model",
+        dtype=getattr(torch, card.dtype),
+        num_labels=1,
     )
-    return PeftModel.from_pretrained(model, folder)
+    assert card.branch_blocks is not None
+    load_branches(model, card.heads, folder, card.branch_blocks)
+    return model
+
+
+def _check_stored_heads(folder: Path, card: Card) -> None:
+    """A damaged or sharded file is left to the loader, which names it."""
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as stored:
+            name = f"{HEAD}.weight"
+            if name in stored.keys():  # noqa: SIM118 (not a dict)
+                check_num_heads(folder, card, stored.get_slice(name).get_shape()[0])
+    except (OSError, SafetensorError):
+        return
 
 
 def _labels(heads: Sequence[str]) -> dict[str, Any]:

@@ -39,11 +39,21 @@ def backbone(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
             for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
                 setattr(model.config, name, dropout)
         else:
-            from transformers import LlamaConfig, LlamaForCausalLM
+            from transformers import (
+                GemmaConfig,
+                GemmaForCausalLM,
+                LlamaConfig,
+                LlamaForCausalLM,
+            )
 
-            assert kind == "llama"
+            classes = {
+                "llama": (LlamaConfig, LlamaForCausalLM),
+                "gemma": (GemmaConfig, GemmaForCausalLM),
+            }
+            config_class, model_class = classes[kind]
             torch.manual_seed(1)
-            settings = LlamaConfig(
+            extra = {"head_dim": 8, "num_key_value_heads": 1} if kind == "gemma" else {}
+            settings = config_class(
                 vocab_size=len(tokenizer),
                 hidden_size=16,
                 intermediate_size=24,
@@ -52,8 +62,9 @@ def backbone(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
                 max_position_embeddings=24,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
+                **extra,
             )
-            model = LlamaForCausalLM(settings)
+            model = model_class(settings)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

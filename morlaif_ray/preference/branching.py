@@ -1,0 +1,292 @@
+"""Late branching: the lower blocks of a transformer once, the last L blocks once per principle.
+
+A `Tail` takes the place of the last blocks inside a Hugging Face decoder, so that the model's own forward still builds
+masks and positions, whatever the architecture. Each branch keeps the tensor names of a whole model: saved, every
+principle is an ordinary sequence-classification folder whose lower weights are one shared file.
+Legend: B texts, K branches, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from morlaif_ray.errors import ArtifactError, ConfigError
+from morlaif_ray.preference.last_token import at_last_token, supports
+
+TRUNK_FILE = "trunk.safetensors"
+HEADS_DIR = "heads"
+BRANCH_FILE = "branch.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HEAD = "score"
+"""Name of the head's weights in a Hugging Face sequence-classification model."""
+LAYOUTS = (("h", "ln_f"), ("layers", "norm"), ("layers", "final_layernorm"))
+"""(list of blocks, norm after them) of GPT-2, of Llama, Gemma, Mistral, Qwen, and of Phi."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a decoder keeps its blocks and its last norm."""
+
+    blocks: str
+    norm: str
+
+
+def layout_of(base: Any) -> Layout:
+    """ConfigError for a decoder whose blocks or last norm are not where this module knows them."""
+    for blocks, norm in LAYOUTS:
+        if hasattr(base, blocks) and hasattr(base, norm):
+            return Layout(blocks, norm)
+    raise ConfigError(
+        f"preference.topology: late_branching knows GPT-2, Llama, Gemma and their like, not "
+        f"{type(base).__name__}; use shared_trunk"
+    )
+
+
+def num_branch_blocks(num_blocks: int, wanted: int | None) -> int:
+    """Blocks of a branch: as configured, or a quarter, at least one; ConfigError when the backbone has fewer."""
+    if wanted is None:
+        return max(1, num_blocks // 4)
+    if wanted > num_blocks:
+        raise ConfigError(
+            f"preference.branch_blocks {wanted}: the backbone has {num_blocks} blocks; write {num_blocks} or less"
+        )
+    return wanted
+
+
+def refuse_mixed_attention(config: Any) -> None:
+    """A tail gets the mask of its first block: with sliding and full attention mixed that would be the wrong one."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"preference.topology: late_branching cannot split a backbone with mixed attention "
+            f"({', '.join(sorted(kinds))}); use shared_trunk or adapters"
+        )
+
+
+class Tail(nn.Module):
+    """Stands at the branch point. Its output passes the trunk's states on; `states` holds what was asked for."""
+
+    last_B: Tensor
+    """Index of each text's last real token; set before the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[Tensor] = []
+        """Normed states [B, D] at the last token, one per evaluated branch."""
+
+    def run(
+        self,
+        blocks: Sequence[nn.Module],
+        rows_BLD: Tensor,
+        last_B: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """States [B, D] at the last token after all blocks, the last of them for that token alone where possible."""
+        for block in blocks[:-1]:
+            rows_BLD = block(rows_BLD, *args, **kwargs)
+        if supports(blocks[-1]):
+            return at_last_token(blocks[-1], rows_BLD, last_B, **kwargs)
+        whole_BLD = blocks[-1](rows_BLD, *args, **kwargs)
+        state_BD: Tensor = whole_BLD[torch.arange(len(whole_BLD), device=last_B.device), last_B]
+        return state_BD
+
+    def take(self) -> list[Tensor]:
+        """The states of the last forward, once."""
+        states, self.states = self.states, []
+        return states
+
+
+class BranchedTail(Tail):
+    """K copies of the last blocks and of the last norm."""
+
+    def __init__(self, blocks: Sequence[nn.Module], norm: nn.Module, num_branches: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.ModuleList(copy.deepcopy(block) for block in blocks) for _ in range(num_branches)
+        )
+        self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(num_branches))
+        self.wanted: Sequence[int] = range(num_branches)
+
+    def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.states = []
+        for index in self.wanted:
+            blocks: Any = self.branches[index]
+            state_BD = self.run(list(blocks), hidden_BLD, self.last_B, *args, **kwargs)
+            self.states.append(self.norms[index](state_BD))
+        return hidden_BLD
+
+
+class LastTail(Tail):
+    """Stands in for the last block of a model without branches while `last_block_at_end` is open."""
+
+    def __init__(self, block: nn.Module, last_B: Tensor) -> None:
+        super().__init__()
+        self.block = block
+        self.last_B = last_B
+
+    def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.states = [self.run([self.block], hidden_BLD, self.last_B, *args, **kwargs)]
+        return hidden_BLD
+
+
+@contextmanager
+def last_block_at_end(base: Any, last_B: Tensor) -> Iterator[LastTail | None]:
+    """Inside, the decoder's forward computes its last block at `last_B` alone and leaves the rest unnormed.
+
+    None where the block's arithmetic is not known. Outside, the decoder is as it was: saving sees no trace.
+    """
+    found = [pair for pair in LAYOUTS if hasattr(base, pair[0]) and hasattr(base, pair[1])]
+    if not found or not supports(getattr(base, found[0][0])[-1]):
+        yield None
+        return
+    blocks = getattr(base, found[0][0])
+    whole = blocks[-1]
+    tail = LastTail(whole, last_B)
+    blocks[-1] = tail
+    try:
+        yield tail
+    finally:
+        blocks[-1] = whole
+
+
+def end_states(
+    base: Any, tokens_BL: Tensor, mask_BL: Tensor, last_B: Tensor, *, shortcut: bool
+) -> Tensor:
+    """Normed states [B, D] at the last real token; with `shortcut` the last block is computed there alone."""
+    inputs = {"input_ids": tokens_BL, "attention_mask": mask_BL, "use_cache": False}
+    if shortcut:
+        with last_block_at_end(base, last_B) as tail:
+            if tail is not None:
+                layout = layout_of(base)
+                base(**inputs)
+                state_BD: Tensor = getattr(base, layout.norm)(tail.take()[0])
+                return state_BD
+    hidden_BLD = base(**inputs).last_hidden_state
+    end_BD: Tensor = hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
+    return end_BD
+
+
+def branch(classifier: Any, num_branches: int, num_blocks: int | None) -> BranchedTail:
+    """Replaces the last `num_blocks` blocks of a classifier by K copies of them, in place."""
+    base = classifier.base_model
+    refuse_mixed_attention(classifier.config)
+    layout = layout_of(base)
+    blocks = getattr(base, layout.blocks)
+    start = len(blocks) - num_branch_blocks(len(blocks), num_blocks)
+    tail = BranchedTail(blocks[start:], getattr(base, layout.norm), num_branches)
+    setattr(base, layout.blocks, nn.ModuleList([*blocks[:start], tail]))
+    setattr(base, layout.norm, nn.Identity())
+    return tail
+
+
+def tail_of(classifier: Any) -> BranchedTail | None:
+    """The tail of a branched classifier, None of any other."""
+    base = classifier.base_model
+    for blocks, _ in LAYOUTS:
+        found = getattr(base, blocks, None)
+        if isinstance(found, nn.ModuleList) and len(found) and isinstance(found[-1], BranchedTail):
+            return found[-1]
+    return None
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def save_branched(classifier: Any, heads: Sequence[str], folder: Path) -> None:
+    """Writes the shared `trunk.safetensors` and, per principle, a folder that plain transformers loads."""
+    trunk, branches = _split_state(classifier)
+    save_file(trunk, folder / TRUNK_FILE, metadata={"format": "pt"})
+    for name, tensors in zip(heads, branches, strict=True):
+        target = folder / HEADS_DIR / name
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, target / BRANCH_FILE, metadata={"format": "pt"})
+        where = dict.fromkeys(trunk, f"../../{TRUNK_FILE}") | dict.fromkeys(tensors, BRANCH_FILE)
+        size = sum(t.numel() * t.element_size() for t in (*trunk.values(), *tensors.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+        (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        settings = copy.deepcopy(classifier.config)
+        settings.id2label, settings.label2id = {0: name}, {name: 0}
+        settings.architectures = [type(classifier).__name__]
+        settings.save_pretrained(target)
+
+
+def load_branches(classifier: Any, heads: Sequence[str], folder: Path, num_blocks: int) -> None:
+    """Makes K branches of a classifier loaded from the first head's folder; ArtifactError names what is missing."""
+    branch(classifier, len(heads), num_blocks)
+    old = classifier.score
+    classifier.score = nn.Linear(old.in_features, len(heads), bias=old.bias is not None).to(
+        dtype=old.weight.dtype, device=old.weight.device
+    )
+    classifier.num_labels = len(heads)
+    own = classifier.state_dict()
+    for row, name in enumerate(heads):
+        path = folder / HEADS_DIR / name / BRANCH_FILE
+        places = _branch_places(classifier, row)
+        try:
+            stored = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{path}: the branch of '{name}' cannot be read ({str(error).splitlines()[0]}); "
+                f"train the model again"
+            ) from None
+        for key in sorted(set(places) ^ set(stored)):
+            what = "missing" if key in places else "not of this backbone"
+            raise ArtifactError(f"{path}: weight '{key}' is {what}; train the model again")
+        with torch.no_grad():
+            for key, (place, head_row) in places.items():
+                target = own[place] if head_row is None else own[place][head_row : head_row + 1]
+                if target.shape != stored[key].shape:
+                    raise ArtifactError(
+                        f"{path}: weight '{key}' has shape {tuple(stored[key].shape)}, the backbone needs "
+                        f"{tuple(target.shape)}; train the model again"
+                    )
+                target.copy_(stored[key])
+
+
+def _split_state(classifier: Any) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Tensors of the trunk and of each branch, under the names of a whole model."""
+    tail = tail_of(classifier)
+    assert tail is not None
+    state = {name: value.detach().cpu() for name, value in classifier.state_dict().items()}
+    branches = []
+    taken = set()
+    for row in range(len(tail.branches)):
+        tensors = {}
+        for key, (place, head_row) in _branch_places(classifier, row).items():
+            value = state[place] if head_row is None else state[place][head_row : head_row + 1]
+            tensors[key] = value.clone().contiguous()
+            taken.add(place)
+        branches.append(tensors)
+    return {name: t.contiguous() for name, t in state.items() if name not in taken}, branches
+
+
+def _branch_places(classifier: Any, row: int) -> dict[str, tuple[str, int | None]]:
+    """Name in a whole model -> (name in the branched model, row of the score head or None)."""
+    tail, layout = tail_of(classifier), layout_of(classifier.base_model)
+    assert tail is not None
+    prefix = classifier.base_model_prefix
+    start = len(getattr(classifier.base_model, layout.blocks)) - 1
+    inside = f"{prefix}.{layout.blocks}.{start}"
+    places: dict[str, tuple[str, int | None]] = {}
+    branch_blocks: Any = tail.branches[row]
+    for offset, block in enumerate(branch_blocks):
+        for key in block.state_dict():
+            whole = f"{prefix}.{layout.blocks}.{start + offset}.{key}"
+            places[whole] = (f"{inside}.branches.{row}.{offset}.{key}", None)
+    for key in tail.norms[row].state_dict():
+        places[f"{prefix}.{layout.norm}.{key}"] = (f"{inside}.norms.{row}.{key}", None)
+    for key in classifier.score.state_dict():
+        places[f"{HEAD}.{key}"] = (f"{HEAD}.{key}", row)
+    return places
