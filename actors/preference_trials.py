@@ -7,6 +7,8 @@ own checkpoint in the work folder, so neither a dead worker nor a dead driver lo
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,35 @@ import numpy as np
 
 from actors.placement import TRIAL_CPUS
 from actors.training import ProgressFile, cluster_has_gpu, find_cause, following, set_single_thread
-from morlaif_ray.artifacts import read_table, write_csv
+from morlaif_ray.artifacts import read_json, read_table, write_csv, write_json
 from morlaif_ray.config import Config
 from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.seeding import derive_seed
 
 
 def preference_loop(settings: Mapping[str, Any]) -> None:
-    """Trains one preference model; leaves `models/<name>/` and `losses/<name>.csv` in the work folder."""
+    """Trains one preference model; leaves `models/<name>/` and `losses/<name>.csv` in the work folder.
+
+    An error of the training itself (a loss that is not finite, memory too small for one pair) would come again in
+    every restart: it is left in `failures/<name>.json` and raised again at once instead.
+    """
+    marker = Path(settings["work_dir"]) / "failures" / f"{settings['name']}.json"
+    if marker.is_file():
+        raise _read_failure(marker)
+    try:
+        _train_one(settings)
+    except MorlaifError as error:
+        write_json(marker, {"error": type(error).__name__, "message": error.message})
+        raise
+
+
+def _read_failure(marker: Path) -> MorlaifError:
+    record = read_json(marker)
+    kinds = {kind.__name__: kind for kind in MorlaifError.__subclasses__()}
+    return kinds[record["error"]](record["message"])
+
+
+def _train_one(settings: Mapping[str, Any]) -> None:
     from morlaif_ray.preference.model import PreferenceModel
     from morlaif_ray.preference.training import TrainingData, train_preference_model
 
@@ -63,6 +86,7 @@ def preference_loop(settings: Mapping[str, Any]) -> None:
         seed=derive_seed(config.seed, "preference"),
         checkpoint_dir=work / "checkpoints" / name,
         on_step=progress.write,
+        say=_Notes(work / "notes" / f"{name}.txt"),
     )
     write_csv(
         work / "losses" / f"{name}.csv",
@@ -72,6 +96,18 @@ def preference_loop(settings: Mapping[str, Any]) -> None:
     temporary = target.with_name(f".{name}.partial")
     model.save(temporary)
     temporary.rename(target)
+
+
+class _Notes:
+    """Lines for the person who runs this: into the worker's log now, and from the driver at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
 
 
 def _to_gpu(model: Any) -> None:
@@ -87,11 +123,16 @@ def fit_preference_models(
     trainings: Mapping[str, Sequence[str]],
     backbone: str,
     advance: Callable[[int], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Runs all trainings (name -> label columns, one head each); raises the first failure's own cause."""
+    """Runs all trainings (name -> label columns, one head each); raises the first failure's own cause.
+
+    `say` gets what the trainings had to note (memory that ran out and the micro-batch they went on with).
+    """
     from ray import tune
 
-    for folder in ("models", "losses", "progress", "checkpoints"):
+    shutil.rmtree(work / "failures", ignore_errors=True)  # whoever starts again wants another try
+    for folder in ("models", "losses", "progress", "checkpoints", "notes", "failures"):
         (work / folder).mkdir(exist_ok=True)
     open_names = [name for name in trainings if not (work / "models" / name).is_dir()]
     shared = {
@@ -116,7 +157,12 @@ def fit_preference_models(
         return
     with following([work / "progress" / f"{name}.json" for name in trainings], advance):
         results = tuner.fit()
+    for path in sorted((work / "notes").glob("*.txt")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            say(line)
     if results.num_errors:
+        for marker in sorted((work / "failures").glob("*.json")):
+            raise _read_failure(marker)
         _raise_first(results)
 
 

@@ -98,7 +98,9 @@ def _train(context: JobContext, work: Path, trainings: dict[str, list[str]]) -> 
     context.connect()
     label = f"{len(trainings)} preference models"
     with context.reporter.task(label, total=total, unit="steps") as task:
-        fit_preference_models(config, work, trainings, _backbone(context), task.advance)
+        fit_preference_models(
+            config, work, trainings, _backbone(context), task.advance, context.reporter.line
+        )
 
 
 def _backbone(context: JobContext) -> str:

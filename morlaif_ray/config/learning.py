@@ -59,11 +59,18 @@ class PreferenceConfig(Section):
     """Coefficient of (r_a + r_b)^2, which fixes the free constant of a reward."""
     num_epochs: PositiveInt = 1
     batch_size: PositiveInt = 32
+    microbatch_size: PositiveInt | None = None
+    """Pairs per forward; gradients are accumulated over a batch. None: the whole batch. It halves when memory runs
+    out."""
     learning_rate: PositiveFloat = 5e-5
     warmup_steps: NonNegativeInt = 250
     max_length: PositiveInt = 512
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of training's matrix products beside float32 weights; auto: bfloat16 on a GPU, float32 on CPU."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between checkpoints from which a lost training resumes."""
     concurrent_trials: PositiveInt = 2
     """Trainings at the same time."""
     workers_per_trial: Annotated[int, Field(ge=0, le=1)] = 1
