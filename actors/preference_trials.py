@@ -65,29 +65,38 @@ def _train_one(settings: Mapping[str, Any]) -> None:
         log_odds_NH=log_odds[rows],
         pair_ids=[table["pair_id"][row] for row in rows],
     )
-    model = PreferenceModel.from_backbone(
-        settings["backbone"],
-        columns,
-        max_length=config.preference.max_length,
-        # One seed for all: the models differ by their labels alone.
-        seed=derive_seed(config.seed, "preference"),
-        lora=config.preference.lora,
-        # Frozen base weights may be bfloat16; weights that train stay float32, or small updates would round away.
-        dtype=config.model.dtype
-        if config.preference.lora and config.model.kind == "pretrained"
-        else "float32",
-    )
-    _to_gpu(model)
-    progress = ProgressFile(work / "progress" / f"{name}.json")
-    history = train_preference_model(
-        model,
-        data,
-        config.preference,
-        seed=derive_seed(config.seed, "preference"),
-        checkpoint_dir=work / "checkpoints" / name,
-        on_step=progress.write,
-        say=_Notes(work / "notes" / f"{name}.txt"),
-    )
+    seed = derive_seed(
+        config.seed, "preference"
+    )  # one for all: models differ by their labels alone
+
+    def build() -> PreferenceModel:
+        model = PreferenceModel.from_backbone(
+            settings["backbone"],
+            columns,
+            max_length=config.preference.max_length,
+            seed=seed,
+            lora=config.preference.lora,
+            # Frozen base weights may be bfloat16; weights that train stay float32, or small updates would round away.
+            dtype=config.model.dtype
+            if config.preference.lora and config.model.kind == "pretrained"
+            else "float32",
+        )
+        _to_gpu(model)
+        return model
+
+    options: dict[str, Any] = {
+        "seed": seed,
+        "checkpoint_dir": work / "checkpoints" / name,
+        "on_step": ProgressFile(work / "progress" / f"{name}.json").write,
+        "say": _Notes(work / "notes" / f"{name}.txt"),
+    }
+    if config.preference.trainer == "trl":
+        from morlaif_ray.preference.trl_training import train_with_trl
+
+        model, history = train_with_trl(build, data, config.preference, **options)
+    else:
+        model = build()
+        history = train_preference_model(model, data, config.preference, **options)
     write_csv(
         work / "losses" / f"{name}.csv",
         [{"model": name, "step": item.step, "loss": item.loss} for item in history],

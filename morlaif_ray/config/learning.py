@@ -55,6 +55,9 @@ class PreferenceConfig(Section):
     ]
     loss: Literal["soft_label", "margin"] = "soft_label"
     """soft_label: cross-entropy against the judge's probability; margin: hard label, margin |log-odds| (paper)."""
+    trainer: Literal["own", "trl"] = "own"
+    """own: soft labels, margins, any number of heads; trl: TRL's `RewardTrainer`, the paper's recipe (loss margin, one
+    head per model)."""
     centering: NonNegativeFloat = 0.01
     """Coefficient of (r_a + r_b)^2, which fixes the free constant of a reward."""
     num_epochs: PositiveInt = 1
@@ -80,6 +83,26 @@ class PreferenceConfig(Section):
     max_failures: NonNegativeInt = 1
     """Restarts of a lost training before the stage ends with an error."""
     score_batch_size: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _trl_has_hard_labels_and_one_head(self) -> PreferenceConfig:
+        if self.trainer == "own":
+            return self
+        if self.loss != "margin":
+            raise ValueError(
+                "trainer is 'trl', which has no soft labels; write loss: margin, or trainer: own"
+            )
+        if self.topology != "separate":
+            raise ValueError(
+                f"trainer is 'trl', which trains one head, but topology is '{self.topology}'; write "
+                f"topology: separate, or trainer: own"
+            )
+        if self.batch_size % (self.microbatch_size or self.batch_size):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of microbatch_size {self.microbatch_size}, as "
+                f"trainer 'trl' needs"
+            )
+        return self
 
 
 class RewardConfig(Section):

@@ -138,21 +138,24 @@ def _stop_at(
 ) -> NoReturn:
     """NumericalError with the first pairs of the batch; the file has them all."""
     keys = [data.pair_ids[row] for row in rows]
-    path = folder / FAILED_BATCH
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "model": list(model.heads),
-        "step": step,
-        "loss": str(outcome.loss),
-        "grad_norm": str(outcome.grad_norm),
-        "pair_ids": keys,
-    }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    shown = ", ".join(key[:12] for key in keys[:4]) + (", ..." if len(keys) > 4 else "")
+    values = {"loss": str(outcome.loss), "grad_norm": str(outcome.grad_norm)}
+    note = batch_note(folder, model.heads, step, values, keys)
     what, value = (
         ("gradient", outcome.grad_norm) if math.isfinite(outcome.loss) else ("loss", outcome.loss)
     )
     raise NumericalError(
-        f"preference model '{model.heads[0]}': {what} is {value} at step {step} (pairs {shown}; all "
-        f"{len(keys)} in {path}); lower preference.learning_rate or look at those pairs"
+        f"preference model '{model.heads[0]}': {what} is {value} at step {step} ({note}); lower "
+        f"preference.learning_rate or look at those pairs"
     )
+
+
+def batch_note(
+    folder: Path, heads: Sequence[str], step: int, values: dict[str, str], keys: Sequence[str]
+) -> str:
+    """Writes `failed_batch.json` with all pairs of the batch and names the first few."""
+    path = folder / FAILED_BATCH
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"model": list(heads), "step": step, **values, "pair_ids": list(keys)}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    shown = ", ".join(key[:12] for key in keys[:4]) + (", ..." if len(keys) > 4 else "")
+    return f"pairs {shown}; all {len(keys)} in {path}"
