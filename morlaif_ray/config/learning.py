@@ -110,6 +110,11 @@ class RewardConfig(Section):
 
     weights: Literal["fitted"] | dict[str, float] = "fitted"
     """fitted: logistic regression on the `weights` split; or a weight per principle (missing ones are 0)."""
+    ridge: PositiveFloat = 1e-3
+    """Penalty of the fit: 0.5*ridge*|beta|^2 beside the summed log-loss, beta per standard deviation of differences.
+    Larger values pull the weights towards 0 (for few labels, or principles that say much the same)."""
+    nonnegative: bool = False
+    """No fitted weight below 0: a principle against which people choose is dropped instead of reversed."""
     weighting: Literal["multiply", "orient"] = "multiply"
     """multiply: v = w*z; orient: v = sign(w)*z."""
     soft_max_min_temperature: PositiveFloat = 1.0

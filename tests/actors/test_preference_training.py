@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -151,7 +152,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_at_once_with_the_pairs(
     backbone: str, tmp_path: Path
 ) -> None:
     work = work_folder(tmp_path / "work")
-    hot = config(learning_rate=1e38, warmup_steps=0, max_failures=3)
+    hot = config(learning_rate=1e30, warmup_steps=0, max_failures=1, workers_per_trial=0)
     with pytest.raises(NumericalError) as caught:
         fit_preference_models(
             hot, work, {"likes_good": ["likes_good"]}, backbone, lambda amount: None
@@ -163,6 +164,6 @@ def test_a_loss_that_is_not_finite_ends_the_stage_at_once_with_the_pairs(
     assert len(record["pair_ids"]) == 4
     # A restart answers from the record: it trains no step, and says the same.
     path.unlink()
-    with pytest.raises(NumericalError, match=caught.value.message[:60]):
+    with pytest.raises(NumericalError, match=re.escape(caught.value.message)):
         preference_loop(settings(hot, work, backbone))
     assert not path.exists()
