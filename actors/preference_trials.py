@@ -47,7 +47,8 @@ def _read_failure(marker: Path) -> MorlaifError:
 
 def _train_one(settings: Mapping[str, Any]) -> None:
     from morlaif_ray.preference.model import PreferenceModel
-    from morlaif_ray.preference.training import TrainingData, train_preference_model
+    from morlaif_ray.preference.sharding import current_ranks, whole_weights
+    from morlaif_ray.preference.training import train_preference_model
 
     set_single_thread()
     config = Config.model_validate(settings["config"])
@@ -55,19 +56,9 @@ def _train_one(settings: Mapping[str, Any]) -> None:
     target = work / "models" / name
     if target.is_dir():
         return
-    table = read_table(work / "train.parquet")
-    log_odds = np.array([table[column] for column in columns], dtype=np.float64).T
-    usable = ~np.isnan(log_odds).all(axis=1)
-    rows = np.flatnonzero(usable)
-    data = TrainingData(
-        texts_a=[table["text_a"][row] for row in rows],
-        texts_b=[table["text_b"][row] for row in rows],
-        log_odds_NH=log_odds[rows],
-        pair_ids=[table["pair_id"][row] for row in rows],
-    )
-    seed = derive_seed(
-        config.seed, "preference"
-    )  # one for all: models differ by their labels alone
+    data = _training_data(work, columns)
+    # One seed for all: the models differ by their labels alone.
+    seed = derive_seed(config.seed, "preference")
 
     def build() -> PreferenceModel:
         model = PreferenceModel.from_backbone(
@@ -97,6 +88,12 @@ def _train_one(settings: Mapping[str, Any]) -> None:
     else:
         model = build()
         history = train_preference_model(model, data, config.preference, **options)
+        if current_ranks().sharded:
+            weights = whole_weights(model)
+            if current_ranks().rank > 0:
+                return
+            model = build()
+            model.model.load_state_dict(weights)
     write_csv(
         work / "losses" / f"{name}.csv",
         [{"model": name, "step": item.step, "loss": item.loss} for item in history],
@@ -105,6 +102,21 @@ def _train_one(settings: Mapping[str, Any]) -> None:
     temporary = target.with_name(f".{name}.partial")
     model.save(temporary)
     temporary.rename(target)
+
+
+def _training_data(work: Path, columns: Sequence[str]) -> Any:
+    """The pairs with at least one of these labels."""
+    from morlaif_ray.preference.training import TrainingData
+
+    table = read_table(work / "train.parquet")
+    log_odds = np.array([table[column] for column in columns], dtype=np.float64).T
+    rows = np.flatnonzero(~np.isnan(log_odds).all(axis=1))
+    return TrainingData(
+        texts_a=[table["text_a"][row] for row in rows],
+        texts_b=[table["text_b"][row] for row in rows],
+        log_odds_NH=log_odds[rows],
+        pair_ids=[table["pair_id"][row] for row in rows],
+    )
 
 
 class _Notes:

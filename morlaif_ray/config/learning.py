@@ -76,8 +76,9 @@ class PreferenceConfig(Section):
     """Steps between checkpoints from which a lost training resumes."""
     concurrent_trials: PositiveInt = 2
     """Trainings at the same time."""
-    workers_per_trial: Annotated[int, Field(ge=0, le=1)] = 1
-    """Ray Train workers of one training: 1: a process of its own, 0: inside the Tune trial (saves a process)."""
+    workers_per_trial: NonNegativeInt = 1
+    """Ray Train workers of one training: 1: a process of its own; 0: inside the Tune trial (saves a process); more: the
+    model is sharded over them (FSDP2), each with a GPU where there are any."""
     panel_placement: Literal["per_model", "one_actor"] = "per_model"
     """per_model: an actor for every saved model; one_actor: all of them in one process (small machines)."""
     max_failures: NonNegativeInt = 1
@@ -96,6 +97,11 @@ class PreferenceConfig(Section):
             raise ValueError(
                 f"trainer is 'trl', which trains one head, but topology is '{self.topology}'; write "
                 f"topology: separate, or trainer: own"
+            )
+        if self.workers_per_trial > 1:
+            raise ValueError(
+                f"trainer is 'trl', which trains in one process, but workers_per_trial is "
+                f"{self.workers_per_trial}; write 1, or trainer: own"
             )
         if self.batch_size % (self.microbatch_size or self.batch_size):
             raise ValueError(

@@ -19,9 +19,15 @@ from morlaif_ray.config.learning import PreferenceConfig
 from morlaif_ray.errors import NumericalError
 from morlaif_ray.preference.labels import targets
 from morlaif_ray.preference.model import PreferenceModel
+from morlaif_ray.preference.sharding import (
+    current_ranks,
+    load_checkpoint,
+    save_checkpoint,
+    shard,
+)
 from morlaif_ray.preference.stepping import EncodedPairs, StepOutcome, Stepper
 from morlaif_ray.seeding import derive_seed
-from morlaif_ray.tensor_state import load_state, save_state, state_exists
+from morlaif_ray.tensor_state import state_exists
 from morlaif_ray.types import FloatArray
 
 BUCKET_BATCHES = 16
@@ -61,28 +67,37 @@ def train_preference_model(
 ) -> list[TrainingStep]:
     """Runs the recipe in place and returns one record per optimizer step.
 
+    In a process group of several ranks the model is sharded over them (`sharding`); all ranks make the same call.
     AdamW, linear warm-up then cosine to 0 (warm-up at most a tenth of the steps). Where memory runs out the micro-batch
     halves and `say` gets a line. Raises NumericalError when loss or gradient is not finite: the weights are not
     touched, and `failed_batch.json` in `checkpoint_dir` lists the pairs of the batch.
     """
-    labels, margins = targets(data.log_odds_NH, config.loss)
-    pairs = EncodedPairs(model.encode(data.texts_a), model.encode(data.texts_b), labels, margins)
-    lengths = np.array([max(len(a), len(b)) for a, b in zip(pairs.ids_a, pairs.ids_b, strict=True)])
+    pairs, lengths = _encode(model, data, config.loss)
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable()
+    ranks = current_ranks()
+    shard(model, ranks)
     parameters = [p for p in model.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
     )
-    stepper = Stepper(model, optimizer, pairs, config, seed=seed, say=say)
+    stepper = Stepper(
+        model,
+        optimizer,
+        pairs,
+        config,
+        seed=seed,
+        say=say,
+        rank=ranks.rank,
+        world_size=ranks.size,
+    )
     schedule = plan_batches(lengths, config.batch_size, config.num_epochs, seed)
     checkpoint = checkpoint_dir / "checkpoint"
     history: list[TrainingStep] = []
     if state_exists(checkpoint):
-        extra = load_state(checkpoint, {"model": model.model}, optimizer)
+        extra = load_checkpoint(checkpoint, model, optimizer, ranks)
         history = [TrainingStep(*record) for record in extra["history"]]
         stepper.microbatch = extra.get("microbatch", stepper.microbatch)
-    every = checkpoint_every or config.checkpoint_every
     for step in range(len(history), len(schedule)):
         rate = config.learning_rate * rate_factor(step, len(schedule), config.warmup_steps)
         for group in optimizer.param_groups:
@@ -91,14 +106,26 @@ def train_preference_model(
         if not outcome.finite:
             _stop_at(model, data, schedule[step], step, outcome, checkpoint_dir)
         history.append(TrainingStep(step + 1, outcome.loss, rate))
-        if (step + 1) % every == 0 and step + 1 < len(schedule):
+        if (step + 1) % (checkpoint_every or config.checkpoint_every) == 0 and step + 1 < len(
+            schedule
+        ):
             records = [[item.step, item.loss, item.learning_rate] for item in history]
-            extra = {"history": records, "microbatch": stepper.microbatch}
-            save_state(checkpoint, {"model": model.model}, optimizer, extra)
+            state = {"history": records, "microbatch": stepper.microbatch}
+            save_checkpoint(checkpoint, model, optimizer, state, ranks)
         if on_step is not None:
             on_step(step + 1, len(schedule))
     model.model.eval()
     return history
+
+
+def _encode(
+    model: PreferenceModel, data: TrainingData, loss: str
+) -> tuple[EncodedPairs, np.ndarray[Any, Any]]:
+    """Token ids with labels and margins, and the longer length of each pair."""
+    labels, margins = targets(data.log_odds_NH, loss)
+    pairs = EncodedPairs(model.encode(data.texts_a), model.encode(data.texts_b), labels, margins)
+    lengths = np.array([max(len(a), len(b)) for a, b in zip(pairs.ids_a, pairs.ids_b, strict=True)])
+    return pairs, lengths
 
 
 def plan_batches(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -98,24 +99,13 @@ def fit_regression(
             f"{len(names)} principles, so no finite weights are best; label more pairs (data splits, "
             f"'weights'), use fewer principles, raise reward.ridge, or set reward.weights"
         )
+    coefficient_K = _fit_sklearn(features_NK, labels_N, ridge)
     if nonnegative:
-        coefficient_K = refit(signed_NK, ridge=ridge, nonnegative=True)[0]
-        if not coefficient_K.any():
-            raise DataError(
-                "reward.nonnegative leaves no principle a weight: people choose against every one of them; "
-                "set reward.nonnegative: false"
-            )
-    else:
-        coefficient_K = _fit_sklearn(features_NK, labels_N, ridge)
+        coefficient_K = _fit_nonnegative(signed_NK, ridge)
     cluster_N, num_clusters = cluster_index(prompt_ids)
+    options: dict[str, Any] = {"ridge": ridge, "nonnegative": nonnegative, "start_K": rough_K}
     resampled = [
-        refit(
-            signed_NK,
-            counts_RC[:, cluster_N],
-            start_K=rough_K,
-            ridge=ridge,
-            nonnegative=nonnegative,
-        )
+        refit(signed_NK, counts_RC[:, cluster_N], **options)
         for counts_RC in resample_counts(num_clusters, num_bootstrap, seed)
     ]
     low_K, high_K = np.percentile(np.concatenate(resampled), COVERAGE, axis=0)
@@ -267,6 +257,16 @@ def _loss(
     softplus_RN = np.maximum(-margin_RN, 0.0) + np.log1p(np.exp(-np.abs(margin_RN)))
     penalty_R = 0.5 * ridge * np.square(beta_RK).sum(axis=1)
     return np.asarray((counts_RN * softplus_RN).sum(axis=1) + penalty_R)
+
+
+def _fit_nonnegative(signed_NK: FloatArray, ridge: float) -> FloatArray:
+    coefficient_K = refit(signed_NK, ridge=ridge, nonnegative=True)[0]
+    if not coefficient_K.any():
+        raise DataError(
+            "reward.nonnegative leaves no principle a weight: people choose against every one of them; "
+            "set reward.nonnegative: false"
+        )
+    return np.asarray(coefficient_K)
 
 
 def _refit_nonnegative(
