@@ -20,6 +20,7 @@ from morlaif_ray.errors import NumericalError
 from morlaif_ray.preference.labels import targets
 from morlaif_ray.preference.model import PreferenceModel
 from morlaif_ray.preference.sharding import (
+    Ranks,
     current_ranks,
     load_checkpoint,
     save_checkpoint,
@@ -93,11 +94,8 @@ def train_preference_model(
     )
     schedule = plan_batches(lengths, config.batch_size, config.num_epochs, seed)
     checkpoint = checkpoint_dir / "checkpoint"
-    history: list[TrainingStep] = []
-    if state_exists(checkpoint):
-        extra = load_checkpoint(checkpoint, model, optimizer, ranks)
-        history = [TrainingStep(*record) for record in extra["history"]]
-        stepper.microbatch = extra.get("microbatch", stepper.microbatch)
+    every = checkpoint_every or config.checkpoint_every
+    history = _resume(checkpoint, model, optimizer, stepper, ranks)
     for step in range(len(history), len(schedule)):
         rate = config.learning_rate * rate_factor(step, len(schedule), config.warmup_steps)
         for group in optimizer.param_groups:
@@ -106,9 +104,7 @@ def train_preference_model(
         if not outcome.finite:
             _stop_at(model, data, schedule[step], step, outcome, checkpoint_dir)
         history.append(TrainingStep(step + 1, outcome.loss, rate))
-        if (step + 1) % (checkpoint_every or config.checkpoint_every) == 0 and step + 1 < len(
-            schedule
-        ):
+        if (step + 1) % every == 0 and step + 1 < len(schedule):
             records = [[item.step, item.loss, item.learning_rate] for item in history]
             state = {"history": records, "microbatch": stepper.microbatch}
             save_checkpoint(checkpoint, model, optimizer, state, ranks)
@@ -126,6 +122,21 @@ def _encode(
     pairs = EncodedPairs(model.encode(data.texts_a), model.encode(data.texts_b), labels, margins)
     lengths = np.array([max(len(a), len(b)) for a, b in zip(pairs.ids_a, pairs.ids_b, strict=True)])
     return pairs, lengths
+
+
+def _resume(
+    checkpoint: Path,
+    model: PreferenceModel,
+    optimizer: torch.optim.Optimizer,
+    stepper: Stepper,
+    ranks: Ranks,
+) -> list[TrainingStep]:
+    """Restores the last checkpoint, where there is one; the steps that lie behind it."""
+    if not state_exists(checkpoint):
+        return []
+    extra = load_checkpoint(checkpoint, model, optimizer, ranks)
+    stepper.microbatch = extra.get("microbatch", stepper.microbatch)
+    return [TrainingStep(*record) for record in extra["history"]]
 
 
 def plan_batches(

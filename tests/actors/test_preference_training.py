@@ -167,3 +167,36 @@ def test_a_loss_that_is_not_finite_ends_the_stage_at_once_with_the_pairs(
     with pytest.raises(NumericalError, match=re.escape(caught.value.message)):
         preference_loop(settings(hot, work, backbone))
     assert not path.exists()
+
+
+def test_two_ray_train_workers_shard_one_model_and_agree_with_one(
+    backbone: str, tmp_path: Path
+) -> None:
+    few = {"batch_size": 40, "num_epochs": 1}
+    one = work_folder(tmp_path / "one")
+    preference_loop(settings(config(**few), one, backbone))
+    two = work_folder(tmp_path / "two")
+    fit_preference_models(
+        config(**few, workers_per_trial=2),
+        two,
+        {"likes_good": ["likes_good"]},
+        backbone,
+        lambda amount: None,
+    )
+    texts = [f"\n\nHuman: red\n\nAssistant: {word} sun" for word in ("good", "bad", "moon")]
+    scores = [
+        PreferenceModel.load(work / "models" / "likes_good").score(texts) for work in (one, two)
+    ]
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-3)
+
+
+def test_trl_trains_inside_a_ray_train_worker(backbone: str, tmp_path: Path) -> None:
+    work = work_folder(tmp_path / "work")
+    trl = config(trainer="trl", loss="margin", batch_size=20, num_epochs=1)
+    fit_preference_models(trl, work, {"likes_good": ["likes_good"]}, backbone, lambda amount: None)
+    good, bad = PreferenceModel.load(work / "models" / "likes_good").score(
+        ["\n\nHuman: red\n\nAssistant: good", "\n\nHuman: red\n\nAssistant: bad"]
+    )
+    assert good > bad
+    notes = (work / "notes" / "likes_good.txt").read_text(encoding="utf-8")
+    assert "ties left out (hard labels cannot say equal)" in notes
