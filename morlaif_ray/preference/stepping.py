@@ -88,7 +88,8 @@ class Stepper:
             self._optimizer.zero_grad(set_to_none=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        norm = _clip([p for group in self._optimizer.param_groups for p in group["params"]])
+        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        norm = _clip(trained, self._world_size > 1)
         outcome = StepOutcome(loss, norm)
         if outcome.finite:
             self._optimizer.step()
@@ -181,8 +182,12 @@ def _share_of(rows: IntArray, rank: int, world_size: int) -> IntArray:
     return np.concatenate([rows, np.full(missing, -1, dtype=rows.dtype)])[rank::world_size]
 
 
-def _clip(parameters: Sequence[torch.nn.Parameter]) -> float:
+def _clip(parameters: Sequence[torch.nn.Parameter], sharded: bool) -> float:
     """Scales gradients down to MAX_GRAD_NORM and returns the norm that they had."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-    full = getattr(norm, "full_tensor", None)  # a sharded model's norm is spread over its ranks
-    return float(norm if full is None else full())
+    if sharded:
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(norm, DTensor)  # spread over the ranks
+        norm = norm.full_tensor()
+    return float(norm)
