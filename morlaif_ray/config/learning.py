@@ -86,6 +86,19 @@ class PreferenceConfig(Section):
     score_batch_size: PositiveInt = 64
 
     @model_validator(mode="after")
+    def _several_workers_shard_a_plain_trunk(self) -> PreferenceConfig:
+        if self.workers_per_trial > 1 and self.topology not in (
+            "separate",
+            "shared_trunk",
+            "adapters",
+        ):
+            raise ValueError(
+                f"workers_per_trial above 1 shards trunk and head, which topology '{self.topology}' does not allow; "
+                f"write workers_per_trial: 1, or topology: shared_trunk"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trl_has_hard_labels_and_one_head(self) -> PreferenceConfig:
         if self.trainer == "own":
             return self
@@ -93,7 +106,7 @@ class PreferenceConfig(Section):
             raise ValueError(
                 "trainer is 'trl', which has no soft labels; write loss: margin, or trainer: own"
             )
-        if self.topology != "separate":
+        if self.topology not in ("separate", "adapters"):
             raise ValueError(
                 f"trainer is 'trl', which trains one head, but topology is '{self.topology}'; write "
                 f"topology: separate, or trainer: own"
