@@ -35,7 +35,10 @@ def preference_loop(settings: Mapping[str, Any]) -> None:
     try:
         _train_one(settings)
     except MorlaifError as error:
-        write_json(marker, {"error": type(error).__name__, "message": error.message})
+        from morlaif_ray.preference.sharding import current_ranks
+
+        if current_ranks().rank == 0:
+            write_json(marker, {"error": type(error).__name__, "message": error.message})
         raise
 
 
@@ -78,7 +81,10 @@ def _train_one(settings: Mapping[str, Any]) -> None:
     options: dict[str, Any] = {
         "seed": seed,
         "checkpoint_dir": work / "checkpoints" / name,
-        "on_step": ProgressFile(work / "progress" / f"{name}.json").write,
+        # One file for all workers of a training: the first of them writes it.
+        "on_step": ProgressFile(work / "progress" / f"{name}.json").write
+        if current_ranks().rank == 0
+        else None,
         "say": _Notes(work / "notes" / f"{name}.txt"),
     }
     if config.preference.trainer == "trl":
