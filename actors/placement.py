@@ -284,10 +284,13 @@ def _preference(config: Config) -> list[Bundle]:
     reduce = "preference.concurrent_trials"
     if gpus:
         reduce += ", preference.batch_size (or set preference.gradient_checkpointing)"
+    workers = max(
+        1, preference.workers_per_trial
+    )  # of one training; the model is sharded over them
     training = Bundle(
         "3_preference_models",
         "preference training",
-        count,
+        count * workers,
         preference.cpus_per_trial,
         gpus,
         memory,

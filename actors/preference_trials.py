@@ -7,6 +7,8 @@ own checkpoint in the work folder, so neither a dead worker nor a dead driver lo
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,41 @@ from typing import Any
 import numpy as np
 
 from actors.training import ProgressFile, cluster_has_gpu, find_cause, following, set_single_thread
-from morlaif_ray.artifacts import read_table, write_csv
+from morlaif_ray.artifacts import read_json, read_table, write_csv, write_json
 from morlaif_ray.config import Config
 from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.seeding import derive_seed
 
 
 def preference_loop(settings: Mapping[str, Any]) -> None:
-    """Trains one preference model; leaves `models/<name>/` and `losses/<name>.csv` in the work folder."""
+    """Trains one preference model; leaves `models/<name>/` and `losses/<name>.csv` in the work folder.
+
+    An error of the training itself (a loss that is not finite, memory too small for one pair) would come again in
+    every restart: it is left in `failures/<name>.json` and raised again at once instead.
+    """
+    marker = Path(settings["work_dir"]) / "failures" / f"{settings['name']}.json"
+    if marker.is_file():
+        raise _read_failure(marker)
+    try:
+        _train_one(settings)
+    except MorlaifError as error:
+        from morlaif_ray.preference.sharding import current_ranks
+
+        if current_ranks().rank == 0:
+            write_json(marker, {"error": type(error).__name__, "message": error.message})
+        raise
+
+
+def _read_failure(marker: Path) -> MorlaifError:
+    record = read_json(marker)
+    kinds = {kind.__name__: kind for kind in MorlaifError.__subclasses__()}
+    return kinds[record["error"]](record["message"])
+
+
+def _train_one(settings: Mapping[str, Any]) -> None:
     from morlaif_ray.preference.model import PreferenceModel
-    from morlaif_ray.preference.training import TrainingData, train_preference_model
+    from morlaif_ray.preference.sharding import current_ranks, whole_weights
+    from morlaif_ray.preference.training import train_preference_model
 
     set_single_thread()
     config = Config.model_validate(settings["config"])
@@ -31,42 +58,51 @@ def preference_loop(settings: Mapping[str, Any]) -> None:
     target = work / "models" / name
     if target.is_dir():
         return
-    table = read_table(work / "train.parquet")
-    log_odds = np.array([table[column] for column in columns], dtype=np.float64).T
-    usable = ~np.isnan(log_odds).all(axis=1)
-    rows = np.flatnonzero(usable)
-    data = TrainingData(
-        texts_a=[table["text_a"][row] for row in rows],
-        texts_b=[table["text_b"][row] for row in rows],
-        log_odds_NH=log_odds[rows],
-        pair_ids=[table["pair_id"][row] for row in rows],
-    )
-    model = PreferenceModel.from_backbone(
-        settings["backbone"],
-        columns,
-        max_length=config.preference.max_length,
-        # One seed for all: the models differ by their labels alone.
-        seed=derive_seed(config.seed, "preference"),
-        lora=config.preference.lora,
-        # Frozen base weights may be bfloat16; weights that train stay float32, or small updates would round away.
-        dtype=config.model.dtype
-        if config.preference.lora and config.model.kind == "pretrained"
-        else "float32",
-        topology=config.preference.topology,
-        branch_blocks=config.preference.branch_blocks,
-    )
-    model.tokens_per_batch = config.preference.train_tokens_per_batch
-    model.last_block_at_end = config.preference.last_block_at_end
-    _to_gpu(model)
-    progress = ProgressFile(work / "progress" / f"{name}.json")
-    history = train_preference_model(
-        model,
-        data,
-        config.preference,
-        seed=derive_seed(config.seed, "preference"),
-        checkpoint_dir=work / "checkpoints" / name,
-        on_step=progress.write,
-    )
+    data = _training_data(work, columns)
+    # One seed for all: the models differ by their labels alone.
+    seed = derive_seed(config.seed, "preference")
+
+    def build() -> PreferenceModel:
+        model = PreferenceModel.from_backbone(
+            settings["backbone"],
+            columns,
+            max_length=config.preference.max_length,
+            seed=seed,
+            lora=config.preference.lora,
+            # Frozen base weights may be bfloat16; weights that train stay float32, or small updates would round away.
+            dtype=config.model.dtype
+            if config.preference.lora and config.model.kind == "pretrained"
+            else "float32",
+            topology=config.preference.topology,
+            branch_blocks=config.preference.branch_blocks,
+        )
+        model.tokens_per_batch = config.preference.train_tokens_per_batch
+        model.last_block_at_end = config.preference.last_block_at_end
+        _to_gpu(model)
+        return model
+
+    options: dict[str, Any] = {
+        "seed": seed,
+        "checkpoint_dir": work / "checkpoints" / name,
+        # One file for all workers of a training: the first of them writes it.
+        "on_step": ProgressFile(work / "progress" / f"{name}.json").write
+        if current_ranks().rank == 0
+        else None,
+        "say": _Notes(work / "notes" / f"{name}.txt"),
+    }
+    if config.preference.trainer == "trl":
+        from morlaif_ray.preference.trl_training import train_with_trl
+
+        model, history = train_with_trl(build, data, config.preference, **options)
+    else:
+        model = build()
+        history = train_preference_model(model, data, config.preference, **options)
+        if current_ranks().sharded:
+            weights = whole_weights(model)
+            if current_ranks().rank > 0:
+                return
+            model = build()
+            model.model.load_state_dict(weights)
     write_csv(
         work / "losses" / f"{name}.csv",
         [{"model": name, "step": item.step, "loss": item.loss} for item in history],
@@ -75,6 +111,33 @@ def preference_loop(settings: Mapping[str, Any]) -> None:
     temporary = target.with_name(f".{name}.partial")
     model.save(temporary)
     temporary.rename(target)
+
+
+def _training_data(work: Path, columns: Sequence[str]) -> Any:
+    """The pairs with at least one of these labels."""
+    from morlaif_ray.preference.training import TrainingData
+
+    table = read_table(work / "train.parquet")
+    log_odds = np.array([table[column] for column in columns], dtype=np.float64).T
+    rows = np.flatnonzero(~np.isnan(log_odds).all(axis=1))
+    return TrainingData(
+        texts_a=[table["text_a"][row] for row in rows],
+        texts_b=[table["text_b"][row] for row in rows],
+        log_odds_NH=log_odds[rows],
+        pair_ids=[table["pair_id"][row] for row in rows],
+    )
+
+
+class _Notes:
+    """Lines for the person who runs this: into the worker's log now, and from the driver at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
 
 
 def _to_gpu(model: Any) -> None:
@@ -90,11 +153,16 @@ def fit_preference_models(
     trainings: Mapping[str, Sequence[str]],
     backbone: str,
     advance: Callable[[int], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Runs all trainings (name -> label columns, one head each); raises the first failure's own cause."""
+    """Runs all trainings (name -> label columns, one head each); raises the first failure's own cause.
+
+    `say` gets what the trainings had to note (memory that ran out and the micro-batch they went on with).
+    """
     from ray import tune
 
-    for folder in ("models", "losses", "progress", "checkpoints"):
+    shutil.rmtree(work / "failures", ignore_errors=True)  # whoever starts again wants another try
+    for folder in ("models", "losses", "progress", "checkpoints", "notes", "failures"):
         (work / folder).mkdir(exist_ok=True)
     open_names = [name for name in trainings if not (work / "models" / name).is_dir()]
     shared = {
@@ -119,7 +187,12 @@ def fit_preference_models(
         return
     with following([work / "progress" / f"{name}.json" for name in trainings], advance):
         results = tuner.fit()
+    for path in sorted((work / "notes").glob("*.txt")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            say(line)
     if results.num_errors:
+        for marker in sorted((work / "failures").glob("*.json")):
+            raise _read_failure(marker)
         _raise_first(results)
 
 

@@ -34,6 +34,10 @@ JOBS: dict[str, tuple[str, str]] = {
     "sweep": ("jobs.sweep_scalarizers", "stage 4: sweep scalarizers and weights with Ray Tune"),
     "train_policy": ("jobs.train_policy", "stage 5: PPO for every arm"),
     "evaluate": ("jobs.evaluate", "stage 6: win rates, scores, report"),
+    "evaluate_preference": (
+        "jobs.evaluate_preference",
+        "accuracy of a run's PMs and rewards on RewardBench's format, by subset",
+    ),
     "report": ("jobs.report", "rebuild the report of a finished run"),
 }
 # Not a job: it reads a run folder and starts nothing.
@@ -95,6 +99,19 @@ def _add_options(parser: argparse.ArgumentParser, verb: str) -> None:
         action="store_true",
         help="the run folder holds another config: redo the stages that differ",
     )
+    if verb == "evaluate_preference":
+        parser.add_argument(
+            "--data",
+            metavar="DATA",
+            required=True,
+            help=".jsonl or .parquet file with chosen, rejected and subset, or a hub id",
+        )
+        parser.add_argument(
+            "--split",
+            metavar="NAME",
+            default="filtered",
+            help="of a hub data set (default: filtered)",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,11 +156,12 @@ def _run(options: argparse.Namespace) -> int:
     config_path = options.config
     if options.job == "demo" and config_path is None:
         config_path = shipped_config("demo.yaml")
-    if config_path is None and options.job not in ("doctor", "report"):
+    of_a_run = options.job in ("report", "evaluate_preference")
+    if config_path is None and options.job != "doctor" and not of_a_run:
         raise ConfigError(
             f"morlaif {options.job}: give --config FILE, e.g. --config configs/demo.yaml"
         )
-    if config_path is None and options.job == "report" and options.run_dir is not None:
+    if config_path is None and of_a_run and options.run_dir is not None:
         config_path = options.run_dir / "config.yaml"
     config = load_config(config_path, options.overrides)
     reporter = Reporter(quiet=options.quiet)
@@ -163,7 +181,8 @@ def _run(options: argparse.Namespace) -> int:
 
     prepare_environment()
     with explain_os_errors(run_dir):  # a full disk shows itself anywhere
-        importlib.import_module(JOBS[options.job][0]).run(context)
+        more = (options.data, options.split) if options.job == "evaluate_preference" else ()
+        importlib.import_module(JOBS[options.job][0]).run(context, *more)
     return 0
 
 

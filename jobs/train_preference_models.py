@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from jobs.context import JobContext
+from jobs.preference_tables import accuracy_rows, calibration_rows
 from jobs.train_sft import sft_model_path
 from morlaif_ray.artifacts import read_records, read_table, write_csv, write_json, write_table
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config import Config
-from morlaif_ray.evaluation.statistics import mean_interval, pearson
+from morlaif_ray.evaluation.statistics import measures_length
 from morlaif_ray.preference.labels import LogOddsTable, check_trainable, log_odds_table, targets
 from morlaif_ray.principles import load_principles
 from morlaif_ray.types import FloatArray, Judgement, ResponsePair
@@ -41,7 +42,7 @@ def run(context: JobContext) -> None:
     _score_everything(context, work, pairs, config.preference.baselines)
     _finish(context, work, card, pairs, table)
     with stage.writing({"models": len(trainings), "pairs": len(pairs)}) as folder:
-        for name in ("panel.json", "accuracy.csv", "training.csv"):
+        for name in ("panel.json", "accuracy.csv", "calibration.csv", "training.csv"):
             shutil.copy2(work / name, folder / name)
         for name in ("weights", "test", "reference"):
             shutil.copy2(work / f"scores_{name}.parquet", folder / f"scores_{name}.parquet")
@@ -96,7 +97,9 @@ def _train(context: JobContext, work: Path, trainings: dict[str, list[str]]) -> 
     context.connect()
     label = f"{len(trainings)} preference models"
     with context.reporter.task(label, total=total, unit="steps") as task:
-        fit_preference_models(config, work, trainings, _backbone(context), task.advance)
+        fit_preference_models(
+            config, work, trainings, _backbone(context), task.advance, context.reporter.line
+        )
 
 
 def _backbone(context: JobContext) -> str:
@@ -201,9 +204,12 @@ def _finish(
 
     card["normaliser"] = {name: moments(name) for name in card["principles"]}
     card["baseline_normaliser"] = {name: moments(f"baseline_{name}") for name in card["baselines"]}
-    write_json(work / "panel.json", card)
     rows = accuracy_rows(work, card, pairs, table, context.config)
     write_csv(work / "accuracy.csv", rows)
+    calibration = calibration_rows(work, card, pairs, table, context.config.seed)
+    write_csv(work / "calibration.csv", calibration)
+    card["temperature"] = {row["model"]: row["temperature"] for row in calibration}
+    write_json(work / "panel.json", card)
     losses = []
     for path in sorted((work / "losses").glob("*.csv")):
         header, *lines = path.read_text(encoding="utf-8").splitlines()
@@ -215,72 +221,8 @@ def _finish(
                 f"  {row['model']}: accuracy {row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}] "
                 f"on {row['num']} held-out judgements"
             )
-
-
-def accuracy_rows(
-    work: Path,
-    card: dict[str, Any],
-    pairs: Sequence[ResponsePair],
-    table: LogOddsTable,
-    config: Config,
-) -> list[dict[str, Any]]:
-    """Accuracy of every model on the test split, against its own judge and against people; ties left out."""
-    scores = read_table(work / "scores_test.parquet")
-    place = {pair_id: index for index, pair_id in enumerate(table.pair_ids)}
-    rows_in_table = [place[pair_id] for pair_id in scores["pair_id"]]
-    human = np.array(scores["human_label"], dtype=np.float64)
-    reference = read_table(work / "scores_reference.parquet")
-    words = np.array([len(text.split()) for text in reference["response"]], dtype=np.float64)
-    used = num_judgements(pairs, table, card)
-    names = [(name, "principle") for name in card["principles"]]
-    names += [(f"baseline_{name}", "baseline") for name in card["baselines"]]
-    records = []
-    for name, kind in names:
-        difference = np.array(scores[f"a_{name}"]) - np.array(scores[f"b_{name}"])
-        column = name if name in table.columns else card["baselines"]["best_principle"]["principle"]
-        log_odds = table.column(column)[rows_in_table]
-        log_odds = np.where(np.abs(log_odds) < config.feedback.tie_threshold, np.nan, log_odds)
-        labels = {
-            "judge": np.where(np.isnan(log_odds), np.nan, (log_odds > 0).astype(float)),
-            "human": human,
-        }
-        for label, truth in labels.items():
-            seen = ~np.isnan(truth)
-            if not seen.any():
-                continue
-            hit = np.where(difference == 0, 0.5, (difference > 0) == (truth > 0.5))[seen]
-            interval = mean_interval(hit, seed=config.seed, num_resamples=2000)
-            records.append(
-                {
-                    "model": name,
-                    "kind": kind,
-                    "label": label,
-                    "accuracy": interval.value,
-                    "low": interval.low,
-                    "high": interval.high,
-                    "num": interval.num,
-                    "num_judgements": used[name],
-                    "length_correlation": pearson(np.array(reference[name]), words),
-                }
-            )
-    return records
-
-
-def num_judgements(
-    pairs: Sequence[ResponsePair], table: LogOddsTable, card: dict[str, Any]
-) -> dict[str, int]:
-    """Judgements behind each model's training labels: baselines are compared with that price stated.
-
-    `mean_log_odds` uses all K judgements of a pair; `human_labels` uses people's choices and no judgement.
-    """
-    rows = [index for index, pair in enumerate(pairs) if pair.split == "preference"]
-    present = {name: int((~np.isnan(table.column(name)[rows])).sum()) for name in table.columns}
-    counts = {name: present[name] for name in card["principles"]}
-    for name, entry in card["baselines"].items():
-        if name == "mean_log_odds":
-            counts[f"baseline_{name}"] = sum(present[principle] for principle in card["principles"])
-        elif name == "human_labels":
-            counts[f"baseline_{name}"] = 0
-        else:
-            counts[f"baseline_{name}"] = present[entry.get("principle", f"baseline_{name}")]
-    return counts
+            if measures_length(row["length_correlation"]):
+                context.reporter.line(
+                    f"  {row['model']}: its scores follow the length of the response (correlation "
+                    f"{row['length_correlation']:+.2f}); look at its judgements before you trust it"
+                )

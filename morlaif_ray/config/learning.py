@@ -60,6 +60,9 @@ class PreferenceConfig(Section):
     ]
     loss: Literal["soft_label", "margin"] = "soft_label"
     """soft_label: cross-entropy against the judge's probability; margin: hard label, margin |log-odds| (paper)."""
+    trainer: Literal["own", "trl"] = "own"
+    """own: soft labels, margins, any number of heads; trl: TRL's `RewardTrainer`, the paper's recipe (loss margin, one
+    head per model)."""
     centering: NonNegativeFloat = 0.01
     """Coefficient of (r_a + r_b)^2, which fixes the free constant of a reward."""
     num_epochs: PositiveInt = 1
@@ -67,17 +70,25 @@ class PreferenceConfig(Section):
     train_tokens_per_batch: PositiveInt | None = None
     """Most tokens, padding included, of one forward of a step, whose texts are then grouped by length; None: all texts
     of a step are padded to the longest."""
+    microbatch_size: PositiveInt | None = None
+    """Pairs per forward; gradients are accumulated over a batch. None: the whole batch. It halves when memory runs
+    out."""
     learning_rate: PositiveFloat = 5e-5
     warmup_steps: NonNegativeInt = 250
     max_length: PositiveInt = 512
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of training's matrix products beside float32 weights; auto: bfloat16 on a GPU, float32 on CPU."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between checkpoints from which a lost training resumes."""
     concurrent_trials: PositiveInt = 2
     """Trainings at the same time."""
     cpus_per_trial: PositiveFloat = 0.9
     """CPUs that one training reserves. Just under one, so that a small machine keeps room for supervisors."""
-    workers_per_trial: Annotated[int, Field(ge=0, le=1)] = 1
-    """Ray Train workers of one training: 1: a process of its own, 0: inside the Tune trial (saves a process)."""
+    workers_per_trial: NonNegativeInt = 1
+    """Ray Train workers of one training: 1: a process of its own; 0: inside the Tune trial (saves a process); more: the
+    model is sharded over them (FSDP2), each with a GPU where there are any."""
     panel_placement: Literal["per_model", "one_actor"] = "per_model"
     """per_model: an actor for every saved model; one_actor: all of them in one process (small machines)."""
     max_failures: NonNegativeInt = 1
@@ -114,12 +125,55 @@ class PreferenceConfig(Section):
         """Whether the saved adapters are loaded as one `AdapterBank`."""
         return self.topology in ("adapters", "late_branching") and self.lora is not None
 
+    @model_validator(mode="after")
+    def _several_workers_shard_a_plain_trunk(self) -> PreferenceConfig:
+        if self.workers_per_trial > 1 and self.topology not in (
+            "separate",
+            "shared_trunk",
+            "adapters",
+        ):
+            raise ValueError(
+                f"workers_per_trial above 1 shards trunk and head, which topology '{self.topology}' does not allow; "
+                f"write workers_per_trial: 1, or topology: shared_trunk"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trl_has_hard_labels_and_one_head(self) -> PreferenceConfig:
+        if self.trainer == "own":
+            return self
+        if self.loss != "margin":
+            raise ValueError(
+                "trainer is 'trl', which has no soft labels; write loss: margin, or trainer: own"
+            )
+        if self.topology not in ("separate", "adapters"):
+            raise ValueError(
+                f"trainer is 'trl', which trains one head, but topology is '{self.topology}'; write "
+                f"topology: separate, or trainer: own"
+            )
+        if self.workers_per_trial > 1:
+            raise ValueError(
+                f"trainer is 'trl', which trains in one process, but workers_per_trial is "
+                f"{self.workers_per_trial}; write 1, or trainer: own"
+            )
+        if self.batch_size % (self.microbatch_size or self.batch_size):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of microbatch_size {self.microbatch_size}, as "
+                f"trainer 'trl' needs"
+            )
+        return self
+
 
 class RewardConfig(Section):
     """From K scores to one reward."""
 
     weights: Literal["fitted"] | dict[str, float] = "fitted"
     """fitted: logistic regression on the `weights` split; or a weight per principle (missing ones are 0)."""
+    ridge: PositiveFloat = 1e-3
+    """Penalty of the fit: 0.5*ridge*|beta|^2 beside the summed log-loss, beta per standard deviation of differences.
+    Larger values pull the weights towards 0 (for few labels, or principles that say much the same)."""
+    nonnegative: bool = False
+    """No fitted weight below 0: a principle against which people choose is dropped instead of reversed."""
     weighting: Literal["multiply", "orient"] = "multiply"
     """multiply: v = w*z; orient: v = sign(w)*z."""
     soft_max_min_temperature: PositiveFloat = 1.0

@@ -111,6 +111,7 @@ class RunTables:
     panel: Row = field(default_factory=dict)
     pm_training: list[Row] = field(default_factory=list)
     pm_accuracy: list[Row] = field(default_factory=list)
+    pm_calibration: list[Row] = field(default_factory=list)
     weights: Row = field(default_factory=dict)
     scalarizers: list[Row] = field(default_factory=list)
     accuracy_difference: list[Row] = field(default_factory=list)
@@ -223,6 +224,7 @@ def read_run(run_dir: Path, evaluation_dir: Path) -> RunTables:
         "panel": reader.json("3_preference_models/panel.json"),
         "pm_training": reader.csv("3_preference_models/training.csv"),
         "pm_accuracy": reader.csv("3_preference_models/accuracy.csv"),
+        "pm_calibration": reader.extra_csv("3_preference_models/calibration.csv"),
         "weights": reader.json("4_reward/weights.json"),
         "scalarizers": reader.csv("4_reward/scalarizers.csv"),
         "accuracy_difference": reader.csv("4_reward/accuracy_difference.csv"),

@@ -140,6 +140,11 @@ def pearson(first_N: FloatArray, second_N: FloatArray) -> float:
     return float(np.clip((x @ y) / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
 
 
+def measures_length(correlation: float) -> bool:
+    """Whether length explains more than half of the variance of a model's scores (r squared above 0.5)."""
+    return correlation * correlation > 0.5
+
+
 def _per_unit(
     values_N: FloatArray, present: np.ndarray, groups_N: Sequence[Hashable] | None
 ) -> tuple[FloatArray, FloatArray]:

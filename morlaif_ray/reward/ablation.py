@@ -12,7 +12,7 @@ import numpy as np
 
 from morlaif_ray.reward.bootstrap import bootstrap_shares, pair_credit
 from morlaif_ray.reward.pairs import PairScores
-from morlaif_ray.reward.regression import Regression, refit
+from morlaif_ray.reward.regression import RIDGE, Regression, refit
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import BoolArray, FloatArray
 
@@ -26,7 +26,14 @@ class Ablation:
 
 
 def ablate(
-    fit: Regression, train: PairScores, test: PairScores, *, num_orders: int, seed: int
+    fit: Regression,
+    train: PairScores,
+    test: PairScores,
+    *,
+    num_orders: int,
+    seed: int,
+    ridge: float = RIDGE,
+    nonnegative: bool = False,
 ) -> Ablation:
     """Refits without principles, one after the other, in `num_orders` random orders, and without each single one.
 
@@ -39,7 +46,13 @@ def ablate(
     orders_RK = _removal_masks(num_principles, num_orders, derive_seed(seed, "ablation orders"))
     single_RK = np.concatenate([np.ones((1, num_principles)), 1.0 - np.eye(num_principles)]) > 0.5
     active_RK = np.concatenate([orders_RK, single_RK])
-    beta_RK = refit(signed_NK, active_RK=active_RK, start_K=fit.coefficient_K)
+    beta_RK = refit(
+        signed_NK,
+        active_RK=active_RK,
+        start_K=fit.coefficient_K,
+        ridge=ridge,
+        nonnegative=nonnegative,
+    )
     credit_RN = _credits(beta_RK, features_NK, test.labels_N)
     curve_OKN = credit_RN[: len(orders_RK)].reshape(num_orders, num_principles, -1)
     single_RN = credit_RN[len(orders_RK) :]

@@ -110,7 +110,13 @@ def fit_reward(
     ablation = Ablation([], [])
     if chosen.regression is not None and len(test):
         ablation = ablate(
-            chosen.regression, train, test, num_orders=config.num_ablation_orders, seed=seed
+            chosen.regression,
+            train,
+            test,
+            num_orders=config.num_ablation_orders,
+            seed=seed,
+            ridge=config.ridge,
+            nonnegative=config.nonnegative,
         )
     return RewardFit(
         weights=_weights_json(inputs, train, chosen, ceiling, ceiling_share, notes),
@@ -243,6 +249,8 @@ def _fit_ceiling(
         num_bootstrap=config.num_bootstrap,
         seed=derive_seed(seed, "ceiling"),
         allow_separable=True,
+        ridge=config.ridge,
+        nonnegative=config.nonnegative,
     )
     logit_N = regression.logit(odds_matrix(inputs, test)[:, used_K])
     return Ceiling(regression, used_K, pair_credit(logit_N, np.zeros_like(logit_N), test.labels_N))

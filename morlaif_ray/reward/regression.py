@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +29,8 @@ from morlaif_ray.reward.bootstrap import COVERAGE, cluster_index, resample_count
 from morlaif_ray.types import BoolArray, FloatArray
 
 RIDGE = 1e-3
-"""0.5*RIDGE*|beta|^2 on the summed log-loss (scikit-learn: C = 1000): a thousandth of a pair's weight. It moves no
-digit that matters and keeps resamples that happen to be separable finite."""
+"""Default of `reward.ridge`: 0.5*RIDGE*|beta|^2 on the summed log-loss (scikit-learn: C = 1000), a thousandth of a
+pair's weight. It moves no digit that matters and keeps resamples that happen to be separable finite."""
 MIN_LABELLED_PAIRS = 20
 _TOLERANCE = 1e-9  # largest gradient entry per pair at which Newton's method stops
 _MAX_STEPS = 100
@@ -68,13 +69,17 @@ def fit_regression(
     num_bootstrap: int,
     seed: int,
     allow_separable: bool = False,
+    ridge: float = RIDGE,
+    nonnegative: bool = False,
 ) -> Regression:
-    """Fits by scikit-learn, with intervals from refits on resampled prompts.
+    """Fits by scikit-learn (non-negative: L-BFGS-B), with intervals from refits on resampled prompts.
 
     Args:
         differences_NK: score (or log-odds) of a minus that of b, finite.
         labels_N: 1.0 or 0.0.
         allow_separable: accept data that some direction separates perfectly; only the direction then means anything.
+        ridge: 0.5*ridge*|beta|^2 is added to the summed log-loss.
+        nonnegative: no coefficient below 0.
 
     Raises:
         DataError: fewer than 20 pairs, labels of one class, a principle with the same score everywhere, or data
@@ -84,17 +89,23 @@ def fit_regression(
     scale_K = difference_scale(differences_NK, names)
     features_NK = differences_NK / scale_K
     signed_NK = features_NK * (2.0 * labels_N - 1.0)[:, None]
-    rough_K = refit(signed_NK)[0]
+    rough_K = refit(signed_NK, ridge=ridge)[0]
+    allow_separable = (
+        allow_separable or ridge > RIDGE
+    )  # whoever asks for a penalty gets finite weights
     if not allow_separable and not (signed_NK @ rough_K < 0.0).any():
         raise DataError(
             f"the weights cannot be fitted: {len(labels_N)} labelled pairs are separated without error by "
             f"{len(names)} principles, so no finite weights are best; label more pairs (data splits, "
-            f"'weights'), use fewer principles, or set reward.weights"
+            f"'weights'), use fewer principles, raise reward.ridge, or set reward.weights"
         )
-    coefficient_K = _fit_sklearn(features_NK, labels_N)
+    coefficient_K = _fit_sklearn(features_NK, labels_N, ridge)
+    if nonnegative:
+        coefficient_K = _fit_nonnegative(signed_NK, ridge)
     cluster_N, num_clusters = cluster_index(prompt_ids)
+    options: dict[str, Any] = {"ridge": ridge, "nonnegative": nonnegative, "start_K": rough_K}
     resampled = [
-        refit(signed_NK, counts_RC[:, cluster_N], start_K=rough_K)
+        refit(signed_NK, counts_RC[:, cluster_N], **options)
         for counts_RC in resample_counts(num_clusters, num_bootstrap, seed)
     ]
     low_K, high_K = np.percentile(np.concatenate(resampled), COVERAGE, axis=0)
@@ -141,8 +152,11 @@ def refit(
     counts_RN: FloatArray | None = None,
     active_RK: BoolArray | None = None,
     start_K: FloatArray | None = None,
+    *,
+    ridge: float = RIDGE,
+    nonnegative: bool = False,
 ) -> FloatArray:
-    """R weighted regressions at once by damped Newton steps.
+    """R weighted regressions at once by damped Newton steps; non-negative ones one by one (L-BFGS-B).
 
     Args:
         signed_NK: features of chosen minus rejected (the label's sign multiplied in), scaled.
@@ -151,8 +165,10 @@ def refit(
         start_K: where to start.
 
     Returns:
-        coefficients beta_RK, the minimum of sum_n c_n*log(1 + exp(-signed_n . beta)) + 0.5*RIDGE*|beta|^2.
+        coefficients beta_RK, the minimum of sum_n c_n*log(1 + exp(-signed_n . beta)) + 0.5*ridge*|beta|^2.
     """
+    if nonnegative:
+        return _refit_nonnegative(signed_NK, counts_RN, active_RK, ridge)
     num_pairs, num_columns = signed_NK.shape
     rows = max(len(item) for item in (counts_RN, active_RK, [0]) if item is not None)
     products_NKK = (signed_NK[:, :, None] * signed_NK[:, None, :]).reshape(
@@ -170,7 +186,7 @@ def refit(
             else active_RK[part].astype(np.float64)
         )
         start = np.zeros(num_columns) if start_K is None else start_K
-        results.append(_newton(signed_NK, products_NKK, counts, active, start * active))
+        results.append(_newton(signed_NK, products_NKK, counts, active, start * active, ridge))
     return np.concatenate(results)
 
 
@@ -180,6 +196,7 @@ def _newton(
     counts_RN: FloatArray,
     active_RK: FloatArray,
     beta_RK: FloatArray,
+    ridge: float,
 ) -> FloatArray:
     """Newton's method with step halving, all R problems in step; rows that have converged drop out."""
     num_columns = signed_NK.shape[1]
@@ -190,7 +207,7 @@ def _newton(
         beta, counts, active = beta_RK[open_R], counts_RN[open_R], active_RK[open_R]
         margin = beta @ signed_NK.T
         wrong = 0.5 * (1.0 - np.tanh(0.5 * margin))  # sigmoid(-margin) without overflow
-        gradient = ((counts * wrong) @ signed_NK - RIDGE * beta) * active
+        gradient = ((counts * wrong) @ signed_NK - ridge * beta) * active
         is_open = np.abs(gradient).max(axis=1) > _TOLERANCE * counts.sum(axis=1)
         if not is_open.any():
             return beta_RK
@@ -200,9 +217,10 @@ def _newton(
         hessian = hessian * active[:, :, None] * active[:, None, :]
         # Inactive columns get a unit diagonal: their step is 0 and the matrix stays invertible.
         diagonal = np.arange(num_columns)
-        hessian[:, diagonal, diagonal] += RIDGE * active + (1.0 - active)
+        hessian[:, diagonal, diagonal] += ridge * active + (1.0 - active)
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
-        moved = _halve_until_better(signed_NK, counts, beta, step, _loss(margin, counts, beta))
+        before = _loss(margin, counts, beta, ridge)
+        moved = _halve_until_better(signed_NK, counts, beta, step, before, ridge)
         beta_RK[open_R] = np.where(is_open[:, None], moved, beta)
         open_R = open_R[is_open]
     raise NumericalError(
@@ -217,13 +235,14 @@ def _halve_until_better(
     beta_RK: FloatArray,
     step_RK: FloatArray,
     loss_R: FloatArray,
+    ridge: float,
 ) -> FloatArray:
     """beta + step, with the step of each row halved until its loss does not rise (beyond rounding)."""
     length_R1 = np.ones((len(beta_RK), 1))
     slack_R = 1e-12 * np.abs(loss_R)
     for _ in range(40):
         trial_RK = beta_RK + length_R1 * step_RK
-        trial_R = _loss(trial_RK @ signed_NK.T, counts_RN, trial_RK)
+        trial_R = _loss(trial_RK @ signed_NK.T, counts_RN, trial_RK, ridge)
         worse_R = trial_R > loss_R + slack_R
         if not worse_R.any():
             break
@@ -231,20 +250,72 @@ def _halve_until_better(
     return beta_RK + length_R1 * step_RK
 
 
-def _loss(margin_RN: FloatArray, counts_RN: FloatArray, beta_RK: FloatArray) -> FloatArray:
+def _loss(
+    margin_RN: FloatArray, counts_RN: FloatArray, beta_RK: FloatArray, ridge: float
+) -> FloatArray:
     # log(1 + exp(-m)) as max(-m, 0) + log1p(exp(-|m|)): stable, and twice as fast as logaddexp.
     softplus_RN = np.maximum(-margin_RN, 0.0) + np.log1p(np.exp(-np.abs(margin_RN)))
-    penalty_R = 0.5 * RIDGE * np.square(beta_RK).sum(axis=1)
+    penalty_R = 0.5 * ridge * np.square(beta_RK).sum(axis=1)
     return np.asarray((counts_RN * softplus_RN).sum(axis=1) + penalty_R)
 
 
-def _fit_sklearn(features_NK: FloatArray, labels_N: FloatArray) -> FloatArray:
+def _fit_nonnegative(signed_NK: FloatArray, ridge: float) -> FloatArray:
+    coefficient_K = refit(signed_NK, ridge=ridge, nonnegative=True)[0]
+    if not coefficient_K.any():
+        raise DataError(
+            "reward.nonnegative leaves no principle a weight: people choose against every one of them; "
+            "set reward.nonnegative: false"
+        )
+    return np.asarray(coefficient_K)
+
+
+def _refit_nonnegative(
+    signed_NK: FloatArray,
+    counts_RN: FloatArray | None,
+    active_RK: BoolArray | None,
+    ridge: float,
+) -> FloatArray:
+    """`refit` with beta >= 0: a convex problem with bounds, one minimum each."""
+    from scipy.optimize import minimize
+
+    num_pairs, num_columns = signed_NK.shape
+    counts = np.ones((1, num_pairs)) if counts_RN is None else counts_RN
+    active = np.ones((1, num_columns), dtype=np.bool_) if active_RK is None else active_RK
+    rows = max(len(counts), len(active))
+    counts = np.broadcast_to(counts, (rows, num_pairs))
+    active = np.broadcast_to(active, (rows, num_columns))
+    beta_RK = np.zeros((rows, num_columns))
+    for row in range(rows):
+        signed, count = signed_NK[:, active[row]], counts[row]
+
+        def loss(
+            beta: FloatArray, signed: FloatArray = signed, count: FloatArray = count
+        ) -> tuple[float, FloatArray]:
+            margin = signed @ beta
+            wrong = 0.5 * (1.0 - np.tanh(0.5 * margin))
+            value = _loss(margin[None], count[None], beta[None], ridge)[0]
+            return float(value), ridge * beta - (count * wrong) @ signed
+
+        if signed.shape[1]:
+            found = minimize(
+                loss,
+                np.zeros(signed.shape[1]),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[(0.0, None)] * signed.shape[1],
+                options={"maxiter": 1000, "ftol": 1e-14, "gtol": _TOLERANCE * count.sum()},
+            )
+            beta_RK[row, active[row]] = found.x
+    return beta_RK
+
+
+def _fit_sklearn(features_NK: FloatArray, labels_N: FloatArray, ridge: float) -> FloatArray:
     from sklearn.linear_model import (
         LogisticRegression,
     )  # imports scipy: a second that only fits pay
 
     model = LogisticRegression(
-        C=1.0 / RIDGE, fit_intercept=False, solver="newton-cholesky", tol=1e-9, max_iter=200
+        C=1.0 / ridge, fit_intercept=False, solver="newton-cholesky", tol=1e-9, max_iter=200
     )
     with warnings.catch_warnings():
         # Copies of a principle make the Hessian near-singular; scikit-learn then falls back to L-BFGS and says so.

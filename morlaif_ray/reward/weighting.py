@@ -67,6 +67,8 @@ def choose_weights(
         train.principles,
         num_bootstrap=config.num_bootstrap,
         seed=derive_seed(seed, "weights"),
+        ridge=config.ridge,
+        nonnegative=config.nonnegative,
     )
     factor_K = regression.weight_factor_K(normaliser.std_K)
     return ChosenWeights(
@@ -116,6 +118,8 @@ def _regression_if_possible(
         num_bootstrap=config.num_bootstrap,
         seed=derive_seed(seed, "weights"),
         allow_separable=True,
+        ridge=config.ridge,
+        nonnegative=config.nonnegative,
     )
 
 

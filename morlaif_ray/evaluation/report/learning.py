@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from morlaif_ray.evaluation.report.blocks import NAME, Column, Section, show
-from morlaif_ray.evaluation.run_tables import Row, RunTables, number
+from morlaif_ray.evaluation.run_tables import Row, RunTables, number, readable
+from morlaif_ray.evaluation.statistics import measures_length
 
 
 def data_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
@@ -78,6 +79,19 @@ def preference_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
         tables.pm_accuracy,
         collapsed=True,
     )
+    for name, correlation in _length_meters(tables):
+        section.notice(
+            f"The scores of {readable(name)} follow the length of the response (correlation {correlation:+.2f}): "
+            f"length explains {correlation**2:.0%} of their variance.",
+            "warning",
+        )
+    section.table(
+        "pm_calibration",
+        "Calibration on held-out pairs: is the model's probability right? Temperature fitted on split weights",
+        _CALIBRATION_COLUMNS,
+        tables.pm_calibration,
+        collapsed=True,
+    )
     section.picture(
         "pm_training",
         "Training loss of each model (orange: baselines). ln 2 = 0.693 is guessing.",
@@ -87,6 +101,27 @@ def preference_section(tables: RunTables, figures: dict[str, bytes]) -> Section:
     return section
 
 
+def _length_meters(tables: RunTables) -> list[tuple[str, float]]:
+    """Models whose scores are mostly the length of the response."""
+    found = {
+        str(row["model"]): number(row, "length_correlation")
+        for row in tables.pm_accuracy
+        if measures_length(number(row, "length_correlation"))
+    }
+    return list(found.items())
+
+
+_CALIBRATION_COLUMNS = (
+    Column("model", "Model", NAME),
+    Column("temperature", "Temperature", "{:.2f}"),
+    Column(
+        "error_before", "Calibration error", "{:.3f}", ("error_before_low", "error_before_high")
+    ),
+    Column("error_after", "After temperature", "{:.3f}"),
+    Column("log_loss_before", "Log-loss (nats)", "{:.3f}"),
+    Column("log_loss_after", "After temperature", "{:.3f}"),
+    Column("num", "Pairs", "{:,.0f}"),
+)
 _ACCURACY_COLUMNS = (
     Column("model", "Model", NAME),
     Column("kind", "Kind"),

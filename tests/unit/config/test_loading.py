@@ -90,8 +90,8 @@ def test_an_unknown_key_names_its_place_and_the_nearest_key(
             "feedback.judge.position_bias: input should be a finite number (given: nan)",
         ),
         (
-            {"preference": {"workers_per_trial": 2}},
-            "preference.workers_per_trial: input should be less than or equal to 1 (given: 2)",
+            {"preference": {"workers_per_trial": -1}},
+            "preference.workers_per_trial: input should be greater than or equal to 0 (given: -1)",
         ),
         (
             {"evaluation": {"judge": "human"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,29 @@ def test_a_loss_that_is_not_finite_names_model_step_and_pairs(
     model = PreferenceModel.from_backbone(backbone(), HEADS, max_length=24, seed=3)
     with torch.no_grad():
         model.model.score.weight.fill_(float("inf"))
-    with pytest.raises(NumericalError, match=r"'likes_good': loss is nan at step 0 \(pairs pair0"):
+    with pytest.raises(
+        NumericalError,
+        match=r"'likes_good': loss is nan at step 0 \(pairs pair0.*, \.\.\.; all 8 in .*failed_batch\.json\)",
+    ):
         train_preference_model(model, data, CONFIG, seed=0, checkpoint_dir=tmp_path)
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["failed_batch.json"]
+    record = json.loads((tmp_path / "failed_batch.json").read_text(encoding="utf-8"))
+    assert len(set(record["pair_ids"])) == 8
+    assert set(record["pair_ids"]) < set(DATA.pair_ids)
+    assert (record["step"], record["loss"]) == (0, "nan")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
+    backbone: Callable[..., str], tmp_path: Path
+) -> None:
+    model = PreferenceModel.from_backbone(backbone(), HEADS, max_length=24, seed=3)
+    before = model.model.score.weight.detach().clone()
+    model.model.score.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(
+        NumericalError, match=r"'likes_good': gradient is nan at step 0 \(pairs pair0"
+    ):
+        train_preference_model(model, DATA, CONFIG, seed=0, checkpoint_dir=tmp_path)
+    assert torch.equal(model.model.score.weight, before)
 
 
 @pytest.mark.parametrize(
