@@ -35,7 +35,7 @@ from morlaif_ray.rl.ranks import Ranks
 from morlaif_ray.rl.sharding import shard, whole
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.tensor_ops import masked_mean
-from morlaif_ray.types import FloatArray, RolloutBatch, UpdateMetrics
+from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch, UpdateMetrics
 
 
 class PPOLearner:
@@ -179,9 +179,14 @@ class PPOLearner:
             np.clip(reward_B, -limit, limit), dtype=torch.float32, device=self.device
         )
 
+    def logprobs(self, batch: RolloutBatch) -> Float32Array:
+        """Log-probabilities [B, T] (nats) of the response tokens under the current policy; 0 beyond the length."""
+        logprobs_BT: Float32Array = self._evaluate(self._to_tokens(batch))[0].cpu().numpy()
+        return logprobs_BT
+
     def _evaluate(self, tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies of a batch under the policy of now."""
-        with torch.no_grad():
+        with torch.no_grad(), self.optimisation.autocast():
             made: tuple[Tensor, Tensor, Tensor] = self.policy(tokens, with_entropies=True)
         return made
 

@@ -171,9 +171,10 @@ def response_states(trunk: Any, batch: TokenBatch) -> Tensor:
     """States before the real response tokens of all rows, one after the other, [N, D].
 
     No attention mask: a causal model reads from the left, so no real token ever sees the padding on the right, and the
-    fast attention kernels take no mask.
+    fast attention kernels take no mask. Embeddings, not ids, so that transformers does not look for padding either.
     """
-    hidden_BLD: Tensor = trunk(input_ids=batch.tokens_BL, use_cache=False).last_hidden_state
+    embedded_BLD = trunk.get_input_embeddings()(batch.tokens_BL)
+    hidden_BLD: Tensor = trunk(inputs_embeds=embedded_BLD, use_cache=False).last_hidden_state
     num_rows, length, width = hidden_BLD.shape
     starts_B = torch.arange(num_rows, device=hidden_BLD.device) * length
     index_N = (batch.positions_BT + starts_B.unsqueeze(1))[batch.mask_BT]
