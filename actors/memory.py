@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from morlaif_ray.config.inputs import LoraConfig, ModelConfig, ScratchModel
 from morlaif_ray.config.judging import JudgeConfig, LocalJudge
+from morlaif_ray.config.learning import PolicyConfig
 
 GB = float(2**30)
 CUDA_CONTEXT_GB = 1.0
@@ -127,6 +128,41 @@ def training_gb(
     activations = tokens * layers * shape.width * shape.bytes_per_weight / GB
     logits = load.sequences * load.scored * shape.vocabulary_size * 12 / GB
     held = (1 + frozen_copies) * weights_gb(shape, shards) + states + activations + logits
+    return _with_overhead(held, on_gpu)
+
+
+def learner_gb(shape: ModelShape, policy: PolicyConfig, max_length: int) -> float:
+    """Memory of one rank of the PPO learner with micro-batches of full length.
+
+    Weights of policy, frozen reference (none with adapters: the base is it) and, where configured, a critic; gradients
+    and two moments of what is trained; activations of one micro-batch, a critic's too; and of its response tokens the
+    log-softmax over the vocabulary with the logits that it is made from, 8 bytes each.
+    """
+    shards = policy.learner_ranks if policy.fsdp else 1
+    on_gpu = policy.learner_gpus_per_rank > 0
+    copies = 1 + int(policy.lora is None) + int(policy.separate_critic)
+    bytes_trained = shape.bytes_per_weight if policy.lora is None else 4
+    trained = trainable_parameters(shape, policy.lora) * bytes_trained
+    if policy.separate_critic:
+        trained += shape.num_parameters * shape.bytes_per_weight
+    share = math.ceil(policy.batch_size / policy.num_minibatches / policy.learner_ranks)
+    rows: float = min(policy.microbatch_size, share)
+    if policy.microbatch_tokens is not None:
+        rows = min(rows, max(1.0, policy.microbatch_tokens / max_length))
+    layers = 17 * shape.num_layers
+    if policy.gradient_checkpointing:
+        layers = shape.num_layers + 17
+    bytes_computed = 2 if policy.bf16_autocast else shape.bytes_per_weight
+    activations = rows * max_length * layers * shape.width * bytes_computed
+    scored = rows * policy.max_new_tokens
+    if policy.logprob_chunk_tokens is not None:
+        scored = min(scored, policy.logprob_chunk_tokens)
+    held = (
+        copies * weights_gb(shape, shards)
+        + 3 * trained / shards / GB
+        + (1 + int(policy.separate_critic)) * activations / GB
+        + scored * shape.vocabulary_size * 8 / GB
+    )
     return _with_overhead(held, on_gpu)
 
 

@@ -18,6 +18,7 @@ from actors.memory import (
     ModelShape,
     generation_gb,
     judging_gb,
+    learner_gb,
     scoring_gb,
     shape_of,
     shape_of_hub_id,
@@ -330,19 +331,10 @@ def _arms(config: Config, phase: str, num_concurrent: int) -> list[Bundle]:
     memory = math.nan
     gpus = policy.learner_gpus_per_rank
     if shape is not None:
-        load = Load(policy.microbatch_size, config.model.max_length, scored=policy.max_new_tokens)
-        memory = training_gb(
-            shape,
-            load,
-            lora=policy.lora,
-            shards=policy.learner_ranks if gpus else 1,
-            # With adapters the reference is the base itself; a critic of its own is one more copy.
-            frozen_copies=int(policy.lora is None) + int(policy.separate_critic),
-            on_gpu=gpus > 0,
-        )
+        memory = learner_gb(shape, policy, config.model.max_length)
     reduce = "policy.concurrent_arms"
     if gpus:
-        reduce = "policy.learner_ranks or policy.microbatch_size"
+        reduce = "policy.microbatch_size or policy.learner_ranks (with policy.fsdp)"
     learner = Bundle(
         phase,
         "PPO learner",

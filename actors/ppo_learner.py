@@ -1,55 +1,256 @@
-"""The PPO learner with a process. Restores its own checkpoint when it starts, so a restarted learner is up to date."""
+"""The PPO learner with its processes: one rank, or a group of ranks behind rank 0.
+
+    handle = spawn_ppo_learner(...)        # rank 0; starts ranks 1..N-1 itself and owns them
+    handle.update.remote(batch, reward_B)  # every rank computes, rank 0 answers
+
+Callers know rank 0 alone, so N ranks are used, waited for and killed like one. A group lives and dies together: where
+a rank is lost, rank 0 ends itself, Ray ends the others with their owner, and the caller starts a new group at
+the last checkpoint. An error that all ranks meet alike (a loss that is not finite) is raised as it is.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.placement import LEARNER_CPUS
 from actors.spawning import spawn
-from actors.training import set_single_thread
 from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.errors import MorlaifError
 from morlaif_ray.rl.learner import PPOLearner
-from morlaif_ray.types import FloatArray, RolloutBatch
+from morlaif_ray.rl.ranks import Ranks, join_ranks, leave_ranks
+from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch
+
+CAUSE_TIMEOUT_S = 5.0
+"""How long a failing rank 0 waits for the other ranks' own causes."""
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """What every rank of a learner is made from."""
+
+    model_path: str
+    config: PolicyConfig
+    seed: int
+    dtype: str
+    checkpoint_dir: Path
+    num_steps: int | None = None
+    """Length of the learning-rate schedule; None: `config.num_steps`."""
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.config.learner_gpus_per_rank else "cpu"
 
 
 class PPOLearnerActor:
-    """Plain class; `spawn_ppo_learner` gives it a process."""
+    """One rank. Plain class; `spawn_ppo_learner` gives it a process."""
 
-    def __init__(
-        self,
-        model_path: str,
-        config: PolicyConfig,
-        seed: int,
-        dtype: str,
-        device: str,
-        checkpoint_dir: str,
-    ) -> None:
-        set_single_thread()
-        self._learner = PPOLearner(model_path, config, seed=seed, dtype=dtype, device=device)
-        self._checkpoint = Path(checkpoint_dir)
-        self._learner.load_checkpoint(self._checkpoint)
+    def __init__(self, settings: LearnerSettings, rank: int = 0, address: str = "") -> None:
+        """`address`: host:port of rank 0's rendezvous where there are several ranks."""
+        set_threads(settings.config.learner_threads)
+        self._settings = settings
+        self._others = OtherRanks()
+        size = settings.config.learner_ranks
+        if size > 1 and rank == 0:
+            address = free_address()
+            self._others = OtherRanks.start(settings, address)
+        self._learner: PPOLearner = self._together("start", lambda: self._make(rank, address))
+
+    def _make(self, rank: int, address: str) -> PPOLearner:
+        settings, size = self._settings, self._settings.config.learner_ranks
+        ranks = Ranks()
+        if size > 1:
+            timeout_s = settings.config.call_timeout_s
+            ranks = join_ranks(rank, size, address, settings.device, timeout_s)
+        learner = PPOLearner(
+            settings.model_path,
+            settings.config,
+            seed=settings.seed,
+            dtype=settings.dtype,
+            device=settings.device,
+            num_steps=settings.num_steps,
+            ranks=ranks,
+            failure_dir=settings.checkpoint_dir.parent,
+        )
+        learner.load_checkpoint(settings.checkpoint_dir)
+        return learner
 
     def ping(self) -> int:
         """Number of steps done."""
         return self._learner.step
 
-    def update(self, batch: RolloutBatch, reward_B: FloatArray) -> dict[str, float]:
-        """One PPO step; the fields of `UpdateMetrics`."""
-        return dataclasses.asdict(self._learner.update(batch, reward_B))
+    def pids(self) -> list[int]:
+        """Process ids of all ranks, rank 0 first."""
+        return [os.getpid(), *self._others.pids(self._settings.config.call_timeout_s)]
+
+    def notes(self) -> list[str]:
+        """Lines for a person since the last call, such as a damaged checkpoint that was passed over."""
+        notes, self._learner.notes = self._learner.notes, []
+        return notes
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        reward_B: FloatArray,
+        scores: Mapping[str, FloatArray] | None = None,
+    ) -> dict[str, float]:
+        """One PPO step; the fields of `UpdateMetrics`. `scores` are written beside samples that cannot be learned."""
+        metrics = self._together(
+            "update", lambda: self._learner.update(batch, reward_B, scores), batch, reward_B, scores
+        )
+        return dataclasses.asdict(metrics)
+
+    def logprobs(self, batch: RolloutBatch) -> Float32Array:
+        """Log-probabilities [B, T] of the batch's response tokens under the current policy; 0 beyond the length."""
+        if not self._settings.config.fsdp:
+            return self._learner.logprobs(batch)
+        made: Float32Array = self._together(
+            "logprobs", lambda: self._learner.logprobs(batch), batch
+        )
+        return made
 
     def weights(self) -> dict[str, Any]:
         """The policy's weights for the rollout workers; stays in the object store, never passes the driver."""
-        return self._learner.weights()
+        if not self._settings.config.fsdp:
+            return self._learner.weights()
+        made: dict[str, Any] = self._together("gather_weights", self._learner.weights)
+        return made
+
+    def gather_weights(self) -> None:
+        """This rank's part in rank 0's `weights`; the result stays there."""
+        self._learner.weights()
 
     def save_checkpoint(self) -> int:
         """Publishes the whole training state; returns the number of steps it holds."""
-        self._learner.save_checkpoint(self._checkpoint)
+        self._together(
+            "save_checkpoint", lambda: self._learner.save_checkpoint(self._settings.checkpoint_dir)
+        )
         return self._learner.step
 
     def save_model(self, folder: str) -> None:
-        self._learner.save(Path(folder))
+        """Writes the policy as a Hugging Face folder."""
+        self._together("save_model", lambda: self._learner.save(Path(folder)), folder)
+
+    def _together(self, method: str, work: Callable[[], Any], *arguments: Any) -> Any:
+        """This rank's work beside the same call on the other ranks."""
+        if self._settings.config.learner_ranks == 1:
+            return work()
+        pending = self._others.call(method, *arguments)
+        try:
+            result = work()
+        except MorlaifError:
+            raise  # the same on every rank
+        except Exception as error:  # whatever it was, this rank is out of step with the others
+            leave_ranks()
+            self._others.end(pending, error)
+            raise
+        self._others.finish(pending, self._settings.config.call_timeout_s)
+        return result
+
+
+class OtherRanks:
+    """Rank 0's view of ranks 1..N-1; empty on those, and where there is one rank."""
+
+    def __init__(self, handles: Sequence[Any] = ()) -> None:
+        self._handles = list(handles)
+
+    @classmethod
+    def start(cls, settings: LearnerSettings, address: str) -> OtherRanks:
+        return cls(
+            [_spawn(settings, rank, address) for rank in range(1, settings.config.learner_ranks)]
+        )
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Asks all of them; arguments go to the object store once. `start` asks whether they are up."""
+        if not self._handles:
+            return []
+        import ray
+
+        if method == "start":
+            return [handle.ping.remote() for handle in self._handles]
+        stored = [ray.put(argument) for argument in arguments]
+        return [getattr(handle, method).remote(*stored) for handle in self._handles]
+
+    def pids(self, timeout_s: float) -> list[int]:
+        import ray
+
+        answers = ray.get([h.pids.remote() for h in self._handles], timeout=timeout_s)
+        return [pid for answer in answers for pid in answer]
+
+    def finish(self, pending: Sequence[Any], timeout_s: float) -> None:
+        """Waits for their part. This rank is done, so theirs is a matter of moments; a lost one ends the group."""
+        if not pending:
+            return
+        import ray
+
+        try:
+            ray.get(list(pending), timeout=timeout_s)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            self.end(pending, error)
+
+    def end(self, pending: Sequence[Any], error: Exception) -> None:
+        """Ends rank 0 with the cause in its log. Ranks without others (1..N-1) go on to raise the error instead."""
+        if not self._handles:
+            return
+        causes = [f"rank 0: {_first_line(error)}", *self._causes(pending)]
+        print(f"PPO learner: a rank was lost ({'; '.join(causes)})", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _causes(self, pending: Sequence[Any]) -> list[str]:
+        import ray
+
+        causes = []
+        deadline = time.monotonic() + CAUSE_TIMEOUT_S
+        for rank, reference in enumerate(pending, start=1):
+            try:
+                ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+                causes.append(f"rank {rank}: {_first_line(error)}")
+        return causes
+
+
+def set_threads(num_threads: int) -> None:
+    """torch's threads on CPU; a GPU's process keeps what torch chose."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(num_threads)
+
+
+def free_address() -> str:
+    """host:port for the rendezvous on this node: loopback where Ray has one node, else this node's address."""
+    import ray
+
+    host = "127.0.0.1"
+    if len([node for node in ray.nodes() if node["Alive"]]) > 1:
+        host = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _spawn(settings: LearnerSettings, rank: int, address: str) -> Any:
+    config = settings.config
+    return spawn(
+        PPOLearnerActor,
+        settings,
+        rank,
+        address,
+        num_cpus=LEARNER_CPUS,
+        num_gpus=config.learner_gpus_per_rank,
+    )
 
 
 def spawn_ppo_learner(
@@ -59,18 +260,8 @@ def spawn_ppo_learner(
     seed: int,
     dtype: str,
     checkpoint_dir: Path,
+    num_steps: int | None = None,
 ) -> Any:
-    """An actor handle of a `PPOLearnerActor` with the configured GPUs."""
-    gpus = config.learner_gpus_per_rank
-    device = "cuda" if gpus else "cpu"
-    return spawn(
-        PPOLearnerActor,
-        model_path,
-        config,
-        seed,
-        dtype,
-        device,
-        str(checkpoint_dir),
-        num_cpus=LEARNER_CPUS,
-        num_gpus=gpus,
-    )
+    """An actor handle of a learner with the configured ranks and GPUs: rank 0 of a `PPOLearnerActor` group."""
+    settings = LearnerSettings(model_path, config, seed, dtype, checkpoint_dir, num_steps)
+    return _spawn(settings, 0, "")

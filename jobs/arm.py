@@ -193,6 +193,7 @@ class Arm:
             seed=derive_seed(config.seed, "learner"),
             dtype="float32" if config.model.kind == "scratch" else config.model.dtype,
             checkpoint_dir=self.work / "checkpoint",
+            num_steps=self.num_steps,
         )
 
     def _ask(self, method: str, *arguments: Any) -> Any:

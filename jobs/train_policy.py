@@ -68,11 +68,6 @@ def run(context: JobContext) -> None:
 def check_supported(context: JobContext) -> None:
     """What this version cannot do ends here, before a model loads."""
     policy = context.config.policy
-    if policy.learner_ranks > 1:
-        raise ConfigError(
-            f"policy.learner_ranks is {policy.learner_ranks}; the learner of this version runs on one rank: "
-            f"write 1 (with policy.lora for large models)"
-        )
     if policy.rollout_gpus_per_worker > 1 or policy.learner_gpus_per_rank > 1:
         raise ConfigError(
             "policy.rollout_gpus_per_worker and policy.learner_gpus_per_rank are at most 1 in this version: a process "

@@ -151,6 +151,11 @@ class UpdateMetrics:
     truncated_share: float
     engine_logprob_gap: float
     """Mean absolute difference between engine and learner log-probabilities (nats)."""
+    engine_logprob_gap_max: float = 0.0
+    importance_weight_mean: float = 1.0
+    """Mean over response tokens of the truncated importance weight; 1 where `policy.importance_cap` is not set."""
+    importance_truncated_share: float = 0.0
+    """Share of response tokens whose weight met the cap."""
 
 
 @dataclass(frozen=True, slots=True)

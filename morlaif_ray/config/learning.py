@@ -216,21 +216,37 @@ class PolicyConfig(Section):
     num_steps: PositiveInt = 100
     """PPO steps; each samples `batch_size` responses."""
     batch_size: PositiveInt = 64
+    samples_per_prompt: PositiveInt = 1
+    """Responses to each prompt of a step: the batch holds batch_size / samples_per_prompt prompts."""
     num_epochs: PositiveInt = 4
     num_minibatches: PositiveInt = 1
     microbatch_size: PositiveInt = 64
     """Sequences per forward; gradients are accumulated over a minibatch."""
+    microbatch_tokens: PositiveInt | None = None
+    """At most this many tokens per forward, padding included; None: `microbatch_size` alone bounds it."""
+    logprob_chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits over the vocabulary exist at once; None: those of a micro-batch (faster, more memory)."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: about a third more time, a fraction of the activations' memory."""
+    bf16_autocast: bool = False
+    """Compute in bfloat16 while weights and Adam's moments stay as loaded; for GPUs, with float32 weights."""
     learning_rate: PositiveFloat = 4e-6
     warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after the warm-up: as it is, or falling to 0 at the last step."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     max_new_tokens: PositiveInt = 128
     temperature: PositiveFloat = 1.0
     stop: list[str] = ["\n\nHuman:", "\n\nAssistant:"]
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae: a value function; rloo, grpo: the prompt's other samples are the baseline (samples_per_prompt >= 2)."""
     gamma: Share = 1.0
     gae_lambda: Share = 0.95
     clip_range: PositiveFloat = 0.2
+    importance_cap: PositiveFloat | None = None
+    """Weigh each token's policy loss by min(learner / engine probability, this cap); None: no weights."""
     value_clip_range: PositiveFloat = 0.2
     value_coefficient: NonNegativeFloat = 1.0
     separate_critic: bool = False
@@ -254,11 +270,17 @@ class PolicyConfig(Section):
     num_rollout_workers: PositiveInt = 1
     rollout_gpus_per_worker: NonNegativeFloat = 0.0
     learner_ranks: PositiveInt = 1
+    """Processes that share each update: every rank takes its part of the rows."""
+    fsdp: bool = False
+    """Each rank holds a slice of weights and moments instead of all of them (FSDP2); for models that need it."""
+    learner_threads: PositiveInt = 1
+    """torch threads of each learner rank on CPU."""
     learner_gpus_per_rank: NonNegativeFloat = 0.0
     panel_gpus_per_model: NonNegativeFloat = 0.0
     checkpoint_every: PositiveInt = 25
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep, and beside them the one with the highest reward."""
     max_restarts: NonNegativeInt = 2
     """Restart budget of each supervised actor."""
     call_timeout_s: PositiveFloat = 600.0
@@ -279,6 +301,44 @@ class PolicyConfig(Section):
         if self.batch_size % self.num_minibatches:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of num_minibatches {self.num_minibatches}"
+            )
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _advantage_has_what_it_needs(self) -> PolicyConfig:
+        if self.advantage == "gae":
+            return self
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage {self.advantage} compares samples of one prompt, and samples_per_prompt is "
+                f"{self.samples_per_prompt}; write samples_per_prompt: 2 or more, or advantage: gae"
+            )
+        if self.separate_critic:
+            raise ValueError(
+                f"advantage {self.advantage} has no value function; leave separate_critic out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_rank_has_work(self) -> PolicyConfig:
+        rows = self.batch_size // self.num_minibatches
+        if rows < self.learner_ranks:
+            raise ValueError(
+                f"a minibatch of {rows} responses is too small for learner_ranks {self.learner_ranks}; raise "
+                f"batch_size or lower num_minibatches or learner_ranks"
+            )
+        if self.fsdp and self.learner_ranks < 2:
+            raise ValueError(
+                "fsdp slices the model over learner_ranks, which is 1; write learner_ranks: 2 or more"
+            )
+        if self.fsdp and self.lora is not None:
+            raise ValueError(
+                "fsdp and lora do not go together in this version; write fsdp: false (a rank then holds the whole "
+                "frozen base)"
             )
         return self
 

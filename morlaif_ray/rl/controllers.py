@@ -1,10 +1,11 @@
-"""The two pieces of PPO state outside the networks. Both are plain numbers and part of every checkpoint."""
+"""What PPO steers besides the networks: KL coefficient and reward scale (both in every checkpoint), learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -61,3 +62,25 @@ class RunningScale:
         self.count = int(state["count"])
         self.mean = state["mean"]
         self.sum_squares = state["sum_squares"]
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    num_steps: int,
+    schedule: Literal["constant", "linear", "cosine"],
+) -> float:
+    """Rate of PPO step `step` (from 0): rises linearly to `peak` in `warmup_steps`, then stays or falls towards 0.
+
+    The falling ones would reach 0 at step `num_steps`, which is not taken; beyond it the rate is 0.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    done = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    if schedule == "linear":
+        return peak * (1.0 - done)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * done))

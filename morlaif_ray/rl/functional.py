@@ -66,18 +66,21 @@ def ppo_policy_loss(
     mask_BT: Tensor,
     clip_range: float,
     denominator: Tensor | None = None,
+    weights_BT: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate, max(-A*ratio, -A*clip(ratio, 1-e, 1+e)), averaged over response tokens.
+    """Clipped surrogate, w*max(-A*ratio, -A*clip(ratio, 1-e, 1+e)), averaged over response tokens.
 
-    `denominator`: number of response tokens of the whole minibatch when this is one of its micro-batches; None: this
-    batch's own. Metrics: `approx_kl` (k3 of old to new), `clipfrac` - means over this batch's tokens.
+    `weights_BT`: importance weights w, constants; None: 1. `denominator`: number of response tokens of the whole
+    minibatch when this is one of its micro-batches; None: this batch's own. Metrics: `approx_kl` (k3 of old to new),
+    `clipfrac` - means over this batch's tokens.
     """
     mask = mask_BT.to(logprobs_BT.dtype)
     log_ratio = (logprobs_BT - old_logprobs_BT) * mask
     ratio = log_ratio.exp()
     unclipped = -advantages_BT * ratio
     clipped = -advantages_BT * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    total = (torch.maximum(unclipped, clipped) * mask).sum()
+    worst = torch.maximum(unclipped, clipped) * mask
+    total = (worst if weights_BT is None else worst * weights_BT).sum()
     loss = total / (mask.sum().clamp_min(1.0) if denominator is None else denominator)
     with torch.no_grad():
         metrics = {
@@ -85,6 +88,24 @@ def ppo_policy_loss(
             "clipfrac": masked_mean((clipped > unclipped).to(mask.dtype), mask_BT),
         }
     return loss, metrics
+
+
+def truncated_importance(
+    old_logprobs_BT: Tensor, engine_logprobs_BT: Tensor, mask_BT: Tensor, cap: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """min(exp(log p_learner - log p_engine), cap) per token, 0 outside the mask; constants, [B, T].
+
+    Corrects for samples that another distribution drew: an engine with other arithmetic, or weights of an earlier step
+    (truncated importance sampling, Ionides 2008; Yao et al. 2025 for engine mismatch). Metrics: mean weight, and share
+    of tokens whose weight met the cap.
+    """
+    ratio = (old_logprobs_BT - engine_logprobs_BT).detach().exp()
+    weights = ratio.clamp(max=cap) * mask_BT
+    metrics = {
+        "importance_weight_mean": masked_mean(weights, mask_BT),
+        "importance_truncated_share": masked_mean((ratio > cap).to(weights.dtype), mask_BT),
+    }
+    return weights, metrics
 
 
 def ppo_value_loss(

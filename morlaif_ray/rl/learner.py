@@ -5,13 +5,14 @@
 
 One call is one PPO step (ALGORITHMS.md section 5). Its only randomness is the order of minibatches, which depends on
 (seed, step); so state on disk plus the step number reproduce the rest of a run bit for bit.
+With several ranks every rank makes the same calls with the same arguments; all end with the same state.
 Legend: B responses, T response tokens.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +22,24 @@ from torch import Tensor
 
 from morlaif_ray.backbone import load_causal_lm, load_tokenizer, save_pretrained
 from morlaif_ray.config.learning import PolicyConfig
-from morlaif_ray.errors import NumericalError
-from morlaif_ray.rl.controllers import AdaptiveKLController, RunningScale
-from morlaif_ray.rl.functional import (
-    explained_variance,
-    gae,
-    kl_penalty,
-    place_rewards,
-    ppo_policy_loss,
-    ppo_value_loss,
-)
-from morlaif_ray.rl.policy_model import PolicyModel, TokenBatch
+from morlaif_ray.errors import ArtifactError, NumericalError
+from morlaif_ray.rl.checkpoints import CheckpointFolder, Snapshot
+from morlaif_ray.rl.controllers import AdaptiveKLController, RunningScale, learning_rate_at
+from morlaif_ray.rl.experience import make_experience, row_lengths, to_tokens
+from morlaif_ray.rl.failures import describe_rows, write_failure
+from morlaif_ray.rl.functional import explained_variance, kl_penalty
+from morlaif_ray.rl.measuring import find_bad_rows, measure
+from morlaif_ray.rl.optimisation import NotFinite, Optimisation
+from morlaif_ray.rl.policy_model import PolicyModel, ReferenceModel, TokenBatch
+from morlaif_ray.rl.ranks import Ranks
+from morlaif_ray.rl.sharding import shard, whole
 from morlaif_ray.seeding import derive_seed
-from morlaif_ray.tensor_ops import masked_mean, masked_whiten
-from morlaif_ray.tensor_state import load_state, save_state, state_exists
-from morlaif_ray.types import FloatArray, RolloutBatch, UpdateMetrics
-
-
-@dataclasses.dataclass(frozen=True)
-class Experience:
-    """A rollout batch with everything that stays fixed during its epochs, each [B, T]."""
-
-    tokens: TokenBatch
-    old_logprobs_BT: Tensor
-    old_values_BT: Tensor
-    advantages_BT: Tensor
-    returns_BT: Tensor
+from morlaif_ray.tensor_ops import masked_mean
+from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch, UpdateMetrics
 
 
 class PPOLearner:
-    """See the module docstring. Runs on one process; `device` is "cpu" or a CUDA device."""
+    """See the module docstring. Runs on one process per rank; `device` is "cpu" or a CUDA device."""
 
     def __init__(
         self,
@@ -60,95 +49,125 @@ class PPOLearner:
         seed: int,
         dtype: str = "float32",
         device: str = "cpu",
+        num_steps: int | None = None,
+        ranks: Ranks | None = None,
+        failure_dir: Path | None = None,
     ) -> None:
+        """`num_steps`: length of the schedule, else `config.num_steps`. `failure_dir`: where the samples of a step
+        that became NaN are written; None: nowhere."""
         self.config = config
         self.seed = seed
         self.device = device
+        self.ranks = ranks or Ranks()
         self.step = 0
+        self.notes: list[str] = []
+        """One line for each thing that a person should know, such as a damaged checkpoint that was passed over."""
+        self._num_steps = num_steps or config.num_steps
+        self._failure_dir = failure_dir
+        self._model_path = model_path
+        self._rewards: list[float] = []
+        self._last_reward: float | None = None
         self.tokenizer = load_tokenizer(model_path)
-        model = load_causal_lm(model_path, dtype=dtype)
-        self.reference: Any | None = None
-        if config.lora is None:
-            self.reference = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-        # LoRA's A matrices are drawn from the global generator.
-        torch.manual_seed(derive_seed(seed, "adapters"))
-        self.policy = PolicyModel(
-            model,
-            separate_critic=config.separate_critic,
-            temperature=config.temperature,
-            lora=config.lora,
-        ).to(device)
-        self.policy.eval()  # no dropout: the sampled and the trained policy are the same function
-        self._trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self._trainable,
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            weight_decay=config.weight_decay,
+        self.policy, self.reference = self._load_models(dtype)
+        self.optimisation = Optimisation(
+            self.policy, config, seed=seed, device=device, ranks=self.ranks
         )
         self.kl_controller = AdaptiveKLController(
             config.kl_coefficient, config.kl_target, config.kl_horizon, config.adaptive_kl
         )
         self.reward_scale = RunningScale()
 
-    def update(self, batch: RolloutBatch, reward_B: FloatArray) -> UpdateMetrics:
-        """One PPO step on a rollout batch and its scalar rewards; NumericalError on a non-finite loss or reward."""
-        if not np.isfinite(reward_B).all():
-            raise NumericalError(
-                f"PPO step {self.step}: reward {int(np.argmin(np.isfinite(reward_B)))} is not finite"
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.optimisation.optimizer
+
+    def _load_models(self, dtype: str) -> tuple[PolicyModel, ReferenceModel | None]:
+        config = self.config
+        model = load_causal_lm(self._model_path, dtype=dtype)
+        num_rows = model.get_input_embeddings().weight.shape[0]
+        if len(self.tokenizer) > num_rows:
+            raise ArtifactError(
+                f"{self._model_path}: the tokenizer has {len(self.tokenizer)} tokens and the model only {num_rows}; "
+                f"save the tokenizer that the model was trained with"
             )
-        tokens = self._to_tokens(batch)
+        reference: ReferenceModel | None = None
+        if config.lora is None:  # with adapters the base is the reference
+            reference = ReferenceModel(
+                copy.deepcopy(model), config.temperature, config.logprob_chunk_tokens
+            ).to(self.device)
+        # LoRA's A matrices are drawn from the global generator.
+        torch.manual_seed(derive_seed(self.seed, "adapters"))
+        policy = PolicyModel(
+            model,
+            separate_critic=config.separate_critic,
+            temperature=config.temperature,
+            lora=config.lora,
+            chunk_tokens=config.logprob_chunk_tokens,
+            gradient_checkpointing=config.gradient_checkpointing,
+        ).to(self.device)
+        if config.fsdp:
+            shard(policy, self.device)
+            if reference is not None:
+                shard(reference, self.device)
+        return policy, reference
+
+    # ------------------------------------------------------------ one step
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        reward_B: FloatArray,
+        scores: Mapping[str, FloatArray] | None = None,
+    ) -> UpdateMetrics:
+        """One PPO step on a rollout batch and its scalar rewards.
+
+        NumericalError on a reward, loss or gradient that is not finite, before it changes a weight; the samples are
+        written to `failure_dir` with `scores` (name -> value per response), which serve nothing else.
+        """
+        bad = np.flatnonzero(~np.isfinite(reward_B)).tolist()
+        if bad:
+            what = f"reward {bad[0]} is not finite"
+            raise self._failure(what, "", batch, reward_B, scores, bad)
+        tokens, lengths = self._to_tokens(batch), row_lengths(batch)
         scaled_B = self._scale(reward_B)
-        with torch.no_grad():
-            old_logprobs, old_values, entropies = self._evaluate(tokens)
-            ref_logprobs = self._reference(tokens)
-        mask = tokens.mask_BT
-        kl_BT = kl_penalty(old_logprobs, ref_logprobs, self.config.kl_estimator)
-        rewards_BT = place_rewards(kl_BT, mask, scaled_B, self.kl_controller.coefficient)
-        advantages, returns = gae(
-            rewards_BT, old_values, mask, self.config.gamma, self.config.gae_lambda
-        )
-        experience = Experience(
-            tokens, old_logprobs, old_values, masked_whiten(advantages, mask), returns
-        )
+        old, first = measure(self.optimisation, self.reference, tokens, lengths, self.step)
+        engine = torch.from_numpy(np.array(batch.logprobs_BT)).to(self.device)
         coefficient = self.kl_controller.coefficient
+        experience, engine_metrics = make_experience(
+            tokens, lengths, old, scaled_B, engine, self.config, coefficient
+        )
         rate = self._set_learning_rate()
-        losses = self._optimise(experience)
-        k1_B = (kl_penalty(old_logprobs, ref_logprobs) * mask).sum(dim=1)
-        k3_B = (kl_penalty(old_logprobs, ref_logprobs, "k3") * mask).sum(dim=1)
+        try:
+            losses = self.optimisation.run(experience, self.step, first)
+        except NotFinite as error:
+            rows = find_bad_rows(
+                self.optimisation, self.reference, experience, self.step, error.rows
+            )
+            remedy = "; lower policy.learning_rate"
+            raise self._failure(error.what, remedy, batch, reward_B, scores, rows) from None
+        mask = tokens.mask_BT
+        k1_B = (kl_penalty(old.logprobs_BT, old.ref_logprobs_BT) * mask).sum(dim=1)
+        k3_B = (kl_penalty(old.logprobs_BT, old.ref_logprobs_BT, "k3") * mask).sum(dim=1)
         self.kl_controller.update(float(k1_B.mean()), len(batch))
         self.step += 1
-        engine = torch.from_numpy(np.array(batch.logprobs_BT)).to(self.device)
+        self._rewards.append(float(np.mean(reward_B)))
         return UpdateMetrics(
             reward_mean=float(np.mean(reward_B)),
             scaled_reward_mean=float(scaled_B.mean()),
             kl_mean=float(k1_B.mean()),
             kl_k3_mean=float(k3_B.mean()),
             kl_coefficient=coefficient,
-            policy_loss=losses["policy_loss"],
-            value_loss=losses["value_loss"],
-            approx_kl=losses["approx_kl"],
-            clipfrac=losses["clipfrac"],
-            entropy=float(masked_mean(entropies, mask)),
-            explained_variance=explained_variance(old_values, returns, mask),
-            grad_norm=losses["grad_norm"],
+            entropy=float(masked_mean(old.entropies_BT, mask)),
+            explained_variance=explained_variance(old.values_BT, experience.returns_BT, mask),
             learning_rate=rate,
             response_length_mean=float(np.mean(batch.response_lengths_B)),
             truncated_share=float(np.mean(batch.truncated_B)),
-            engine_logprob_gap=float(masked_mean((engine - old_logprobs).abs(), mask)),
+            **losses,
+            **engine_metrics,
         )
 
     def _to_tokens(self, batch: RolloutBatch) -> TokenBatch:
-        # Copies: the arrays of a remote batch are read-only views of shared memory.
-        tokens = TokenBatch.from_lengths(
-            torch.from_numpy(np.array(batch.tokens_BL)),
-            torch.from_numpy(np.array(batch.prompt_lengths_B)),
-            torch.from_numpy(np.array(batch.response_lengths_B)),
-        )
-        fields = {
-            f.name: getattr(tokens, f.name).to(self.device) for f in dataclasses.fields(tokens)
-        }
-        return TokenBatch(**fields)
+        return to_tokens(batch, self.device)
 
     def _scale(self, reward_B: FloatArray) -> Tensor:
         """clip(R / running std, +-reward_clip); the running std includes this batch."""
@@ -160,113 +179,96 @@ class PPOLearner:
             np.clip(reward_B, -limit, limit), dtype=torch.float32, device=self.device
         )
 
-    def _microbatches(self, rows: Tensor) -> list[Tensor]:
-        return list(rows.split(self.config.microbatch_size))
+    def logprobs(self, batch: RolloutBatch) -> Float32Array:
+        """Log-probabilities [B, T] (nats) of the response tokens under the current policy; 0 beyond the length."""
+        logprobs_BT: Float32Array = self._evaluate(self._to_tokens(batch))[0].cpu().numpy()
+        return logprobs_BT
 
     def _evaluate(self, tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        num_rows, num_tokens = tokens.mask_BT.shape
-        results = [torch.zeros(num_rows, num_tokens, device=self.device) for _ in range(3)]
-        for rows in self._microbatches(torch.arange(num_rows, device=self.device)):
-            part = tokens.rows(rows)
-            for result, value in zip(results, self.policy(part), strict=True):
-                result[rows, : value.shape[1]] = value.float() * part.mask_BT
-        return results[0], results[1], results[2]
+        """Log-probabilities, values and entropies of a batch under the policy of now."""
+        with torch.no_grad(), self.optimisation.autocast():
+            made: tuple[Tensor, Tensor, Tensor] = self.policy(tokens, with_entropies=True)
+        return made
 
     def _reference(self, tokens: TokenBatch) -> Tensor:
-        result = torch.zeros_like(tokens.mask_BT, dtype=torch.float32)
-        for rows in self._microbatches(torch.arange(len(result), device=self.device)):
-            part = tokens.rows(rows)
-            value = self.policy.reference_logprobs(part, self.reference)
-            result[rows, : value.shape[1]] = value * part.mask_BT
-        return result
+        with torch.no_grad():
+            return self.policy.reference_logprobs(tokens, self.reference)
 
     def _set_learning_rate(self) -> float:
-        """Linear warm-up, then constant."""
-        rate = self.config.learning_rate
-        if self.step < self.config.warmup_steps:
-            rate *= (self.step + 1) / self.config.warmup_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = learning_rate_at(
+            self.step,
+            peak=self.config.learning_rate,
+            warmup_steps=self.config.warmup_steps,
+            num_steps=self._num_steps,
+            schedule=self.config.schedule,
+        )
+        self.optimisation.set_learning_rate(rate)
         return rate
 
-    def _optimise(self, experience: Experience) -> dict[str, float]:
-        num_rows = experience.tokens.mask_BT.shape[0]
-        size = max(1, num_rows // self.config.num_minibatches)
-        records: list[dict[str, float]] = []
-        for epoch in range(self.config.num_epochs):
-            rng = np.random.default_rng(derive_seed(self.seed, "minibatches", self.step, epoch))
-            order = torch.from_numpy(rng.permutation(num_rows)).to(self.device)
-            for rows in order.split(size):
-                records.append(self._minibatch_step(experience, rows))
-        return {key: float(np.mean([record[key] for record in records])) for key in records[0]}
+    def _failure(
+        self,
+        what: str,
+        remedy: str,
+        batch: RolloutBatch,
+        reward_B: FloatArray,
+        scores: Mapping[str, FloatArray] | None,
+        rows: Sequence[int],
+    ) -> NumericalError:
+        where = ""
+        if self._failure_dir is not None:
+            path = self._failure_dir / f"not_finite_step_{self.step}.jsonl"
+            if self.ranks.rank == 0:
+                write_failure(path, describe_rows(batch, reward_B, scores, rows))
+            where = f"; the samples are in {path}"
+        return NumericalError(f"PPO step {self.step}: {what}{remedy}{where}")
 
-    def _minibatch_step(self, experience: Experience, rows: Tensor) -> dict[str, float]:
-        """One optimizer step; the denominator is the response tokens of the whole minibatch."""
-        denominator = experience.tokens.mask_BT[rows].sum().float()
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = {"policy_loss": 0.0, "value_loss": 0.0, "approx_kl": 0.0, "clipfrac": 0.0}
-        for micro in self._microbatches(rows):
-            part = experience.tokens.rows(micro)
-            width = part.mask_BT.shape[1]
-            logprobs, values, _ = self.policy(part)
-            policy_loss, metrics = ppo_policy_loss(
-                logprobs,
-                experience.old_logprobs_BT[micro, :width],
-                experience.advantages_BT[micro, :width],
-                part.mask_BT,
-                self.config.clip_range,
-                denominator,
-            )
-            value_loss = ppo_value_loss(
-                values,
-                experience.old_values_BT[micro, :width],
-                experience.returns_BT[micro, :width],
-                part.mask_BT,
-                self.config.value_clip_range,
-                denominator,
-            )
-            loss = policy_loss + self.config.value_coefficient * value_loss
-            if not torch.isfinite(loss):
-                raise NumericalError(
-                    f"PPO step {self.step}: the loss is {float(loss.detach())}; lower policy.learning_rate"
-                )
-            loss.backward()
-            share = float(part.mask_BT.sum()) / float(denominator)
-            sums["policy_loss"] += float(policy_loss.detach())
-            sums["value_loss"] += float(value_loss.detach())
-            sums["approx_kl"] += share * float(metrics["approx_kl"])
-            sums["clipfrac"] += share * float(metrics["clipfrac"])
-        norm = torch.nn.utils.clip_grad_norm_(self._trainable, self.config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise NumericalError(
-                f"PPO step {self.step}: the gradient is not finite; lower policy.learning_rate"
-            )
-        self.optimizer.step()
-        return {**sums, "grad_norm": float(norm)}
+    # ------------------------------------------------------------ weights and state
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """The policy's weights by plain parameter name, as float32 arrays for the rollout workers."""
-        return {name: w.float().cpu().numpy() for name, w in self.policy.merged_weights().items()}
+        merged = self.policy.merged_weights().items()
+        return {name: whole(weight).float().cpu().numpy() for name, weight in merged}
 
     def save(self, folder: Path) -> None:
-        """Writes the policy as a Hugging Face folder."""
-        save_pretrained(self.policy.plain_model(), self.tokenizer, folder)
+        """Writes the policy as a Hugging Face folder (rank 0; sharded ranks must all call)."""
+        if not self.config.fsdp:
+            if self.ranks.rank == 0:
+                save_pretrained(self.policy.plain_model(), self.tokenizer, folder)
+            return
+        full = {name: whole(p.detach()).cpu() for name, p in self.policy.model.named_parameters()}
+        if self.ranks.rank == 0:
+            plain = load_causal_lm(self._model_path, dtype=str(next(iter(full.values())).dtype)[6:])
+            plain.load_state_dict(full, strict=False)
+            save_pretrained(plain, self.tokenizer, folder)
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Everything that the next step depends on, published atomically."""
+        """Everything that the next step depends on, published atomically (rank 0; sharded ranks must all call)."""
+        if self._rewards:
+            self._last_reward = float(np.mean(self._rewards))
+            self._rewards = []
+        run = self.optimisation
         extra = {
             "step": self.step,
             "kl_controller": self.kl_controller.state(),
             "reward_scale": self.reward_scale.state(),
         }
-        save_state(folder, {"policy": self.policy}, self.optimizer, extra)
+        snapshot = Snapshot.take(run.names, run.trainable, run.optimizer, extra)
+        if self.ranks.rank == 0:
+            self._checkpoints(folder).publish(snapshot, self.step, self._last_reward)
 
     def load_checkpoint(self, folder: Path) -> bool:
-        """Restores a checkpoint; False where there is none."""
-        if not state_exists(folder):
+        """Restores the newest whole checkpoint; False where there is none; ArtifactError where none can be used."""
+        found = self._checkpoints(folder).load(self.notes.append, tidy=self.ranks.rank == 0)
+        if found is None:
             return False
-        extra = load_state(folder, {"policy": self.policy}, self.optimizer)
+        run = self.optimisation
+        found.snapshot.put_back(found.path, run.names, run.trainable, run.optimizer)
+        extra = found.snapshot.extra
         self.step = int(extra["step"])
         self.kl_controller.restore(extra["kl_controller"])
         self.reward_scale.restore(extra["reward_scale"])
+        self._last_reward, self._rewards = found.reward, []
         return True
+
+    def _checkpoints(self, folder: Path) -> CheckpointFolder:
+        return CheckpointFolder(folder, self.config, self.seed)

@@ -1,7 +1,7 @@
 """Policy, value head and reference: what PPO evaluates on a batch of responses.
 
-Only the states before response tokens go through the output layer, so no [B, L, V] logits exist.
-Legend: B responses, L sequence tokens, T response tokens, D width, V vocabulary.
+Only the states before real response tokens go through the output layer, so no [B, L, V] logits exist.
+Legend: B responses, L sequence tokens, T response tokens, N real response tokens of all rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from morlaif_ray.config.inputs import LoraConfig
-from morlaif_ray.tensor_ops import entropy, response_positions, take_positions, token_logprobs
+from morlaif_ray.rl.token_head import HeadSettings, head_logprobs
+from morlaif_ray.tensor_ops import entropy, response_positions, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class TokenBatch:
     tokens_BT: Tensor
     mask_BT: Tensor
     """True for real response tokens."""
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Real tokens of each row, prompt and response."""
+        return self.attention_BL.long().sum(dim=1)
 
     def rows(self, index: Tensor) -> TokenBatch:
         """The chosen rows, cut to their own longest sequence and response."""
@@ -67,79 +73,161 @@ class PolicyModel(nn.Module):
         separate_critic: bool,
         temperature: float,
         lora: LoraConfig | None = None,
+        chunk_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        settings = model.config.get_text_config()
-        width = settings.hidden_size
-        self._softcap: float | None = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
-        self.critic = copy.deepcopy(_trunk(model)) if separate_critic else None
+        self.how = _head_settings(model, temperature, chunk_tokens)
+        self.critic = copy.deepcopy(model.base_model) if separate_critic else None
         self.model = model if lora is None else _with_adapters(model, lora)
-        self.value_head = nn.Linear(width, 1)
+        self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1)
         # Values start at 0: the first advantages are the rewards themselves.
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.temperature = temperature
+        self.eval()  # no dropout: the sampled and the trained policy are the same function
+        if gradient_checkpointing:
+            for trunk in (model, self.critic):
+                _checkpoint_layers(trunk)
 
-    def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-probabilities, values, entropies), each [B, T]; entries outside the mask are meaningless.
+    def forward(
+        self, batch: TokenBatch, *, with_values: bool = True, with_entropies: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-probabilities, values, entropies), each [B, T] float32, 0 outside the mask.
 
-        Entropies are for monitoring: computed only where no gradient is recorded, else zeros.
+        Values and entropies are zeros where they are not wanted; entropies, for monitoring, carry no gradient.
         """
-        hidden_BTD = self._states(_trunk(self._base()), batch)
-        logits_BTV = self._logits(hidden_BTD, self._base())
-        value_states = hidden_BTD if self.critic is None else self._states(self.critic, batch)
-        values_BT = self.value_head(value_states.float()).squeeze(-1)
-        recording = torch.is_grad_enabled()
-        entropies_BT = torch.zeros_like(values_BT) if recording else entropy(logits_BTV)
-        return token_logprobs(logits_BTV, batch.tokens_BT), values_BT, entropies_BT
+        base = self._base()
+        states_ND = response_states(base.base_model, batch)
+        tokens_N = batch.tokens_BT[batch.mask_BT]
+        logprobs_N, entropies_N = _logprobs(
+            base.get_output_embeddings(), states_ND, tokens_N, self.how, with_entropies
+        )
+        values_N = None
+        if with_values:
+            if self.critic is not None:
+                states_ND = response_states(self.critic, batch)
+            values_N = self.value_head(states_ND.float()).squeeze(-1)
+        return (
+            _spread(logprobs_N, batch.mask_BT),
+            _spread(values_N, batch.mask_BT),
+            _spread(entropies_N, batch.mask_BT),
+        )
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """Log-probabilities of the response tokens, [B, T]."""
-        base = self._base()
-        logits_BTV = self._logits(self._states(_trunk(base), batch), base)
-        return token_logprobs(logits_BTV, batch.tokens_BT)
+        return model_logprobs(self._base(), batch, self.how)
 
-    def reference_logprobs(self, batch: TokenBatch, reference: Any | None) -> Tensor:
-        """The same under the reference: a frozen copy, or the base with its adapters switched off."""
+    def reference_logprobs(self, batch: TokenBatch, reference: nn.Module | None) -> Tensor:
+        """The same under the reference: a frozen model, or the base with its adapters switched off."""
         if reference is None:
             with self.model.disable_adapter():
                 return self.logprobs(batch)
-        hidden_BTD = self._states(_trunk(reference), batch)
-        return token_logprobs(self._logits(hidden_BTD, reference), batch.tokens_BT)
+        logprobs_BT: Tensor = reference(batch)
+        return logprobs_BT
 
     def _base(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if self.has_adapters else self.model
 
-    def _logits(self, hidden_BTD: Tensor, model: Any) -> Tensor:
-        logits: Tensor = model.get_output_embeddings()(hidden_BTD)
-        if self._softcap is not None:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
-        return logits / self.temperature
-
-    @staticmethod
-    def _states(trunk: Any, batch: TokenBatch) -> Tensor:
-        output = trunk(
-            input_ids=batch.tokens_BL, attention_mask=batch.attention_BL.long(), use_cache=False
-        )
-        return take_positions(output.last_hidden_state, batch.positions_BT)
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.model, "peft_config")
 
     def merged_weights(self) -> dict[str, Tensor]:
         """The policy's weights under the plain model's parameter names (adapters merged in a copy)."""
-        if not hasattr(self.model, "peft_config"):
+        if not self.has_adapters:
             return {name: p.detach() for name, p in self.model.named_parameters()}
         merged = copy.deepcopy(self.model).merge_and_unload()
         return {name: p.detach() for name, p in merged.named_parameters()}
 
     def plain_model(self) -> Any:
         """The policy as a plain causal LM, for saving."""
-        if hasattr(self.model, "peft_config"):
+        if self.has_adapters:
             return copy.deepcopy(self.model).merge_and_unload()
         return self.model
 
 
-def _trunk(model: Any) -> Any:
-    """The decoder below the output layer. `base_model` of a plain transformers model is exactly that."""
-    return model.base_model
+class ReferenceModel(nn.Module):
+    """A frozen causal LM whose forward is the log-probabilities of response tokens."""
+
+    def __init__(self, model: Any, temperature: float, chunk_tokens: int | None = None) -> None:
+        super().__init__()
+        self.how = _head_settings(model, temperature, chunk_tokens)
+        self.model = model
+        self.eval().requires_grad_(False)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        return model_logprobs(self.model, batch, self.how)
+
+
+def model_logprobs(model: Any, batch: TokenBatch, how: HeadSettings) -> Tensor:
+    """Log-probabilities of the response tokens under a causal LM, [B, T]; 0 outside the mask."""
+    states_ND = response_states(model.base_model, batch)
+    tokens_N = batch.tokens_BT[batch.mask_BT]
+    logprobs_N, _ = _logprobs(model.get_output_embeddings(), states_ND, tokens_N, how)
+    return _spread(logprobs_N, batch.mask_BT)
+
+
+def response_states(trunk: Any, batch: TokenBatch) -> Tensor:
+    """States before the real response tokens of all rows, one after the other, [N, D].
+
+    No attention mask: a causal model reads from the left, so no real token ever sees the padding on the right, and the
+    fast attention kernels take no mask. Embeddings, not ids, so that transformers does not look for padding either.
+    """
+    embedded_BLD = trunk.get_input_embeddings()(batch.tokens_BL)
+    hidden_BLD: Tensor = trunk(inputs_embeds=embedded_BLD, use_cache=False).last_hidden_state
+    num_rows, length, width = hidden_BLD.shape
+    starts_B = torch.arange(num_rows, device=hidden_BLD.device) * length
+    index_N = (batch.positions_BT + starts_B.unsqueeze(1))[batch.mask_BT]
+    return hidden_BLD.reshape(num_rows * length, width).index_select(0, index_N)
+
+
+def _spread(values_N: Tensor | None, mask_BT: Tensor) -> Tensor:
+    """[N] back to [B, T]; zeros where there are no values."""
+    zeros = torch.zeros(mask_BT.shape, device=mask_BT.device)
+    return zeros if values_N is None else zeros.masked_scatter(mask_BT, values_N.float())
+
+
+def _logprobs(
+    head: Any, states_ND: Tensor, tokens_N: Tensor, how: HeadSettings, with_entropies: bool = False
+) -> tuple[Tensor, Tensor]:
+    if type(head) is nn.Linear:
+        return head_logprobs(states_ND, head.weight, head.bias, tokens_N, how, with_entropies)
+    # An output layer with adapters of its own, which only its own forward knows.
+    logits = _module_logits(head, states_ND, how)
+    logprobs_N = token_logprobs(logits, tokens_N)
+    with torch.no_grad():
+        entropies_N = entropy(logits) if with_entropies else torch.zeros_like(logprobs_N)
+    return logprobs_N, entropies_N
+
+
+def _module_logits(head: Any, states_ND: Tensor, how: HeadSettings) -> Tensor:
+    logits: Tensor = head(states_ND)
+    if how.softcap is not None:
+        logits = how.softcap * torch.tanh(logits / how.softcap)
+    return logits / how.temperature
+
+
+def _head_settings(model: Any, temperature: float, chunk_tokens: int | None) -> HeadSettings:
+    settings = model.config.get_text_config()
+    softcap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
+    return HeadSettings(temperature, softcap, chunk_tokens)
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Recomputes each decoder layer in the backward pass. Only the layer itself is switched to training: what lies
+    inside it stays in evaluation mode, without dropout."""
+    if model is None:
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in decoder_layers(model):
+        layer.training = True
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformers model, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:

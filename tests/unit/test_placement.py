@@ -10,6 +10,7 @@ from actors.memory import (
     Load,
     ModelShape,
     generation_gb,
+    learner_gb,
     scoring_gb,
     shape_of,
     trainable_parameters,
@@ -28,6 +29,7 @@ from actors.placement import (
 )
 from morlaif_ray.config import Config, parse_config
 from morlaif_ray.config.inputs import LoraConfig
+from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import ResourceError
 
 
@@ -226,6 +228,34 @@ def test_a_reference_copy_and_shards_count() -> None:
     # (2 + 2 + 6) / 4 GB, then 10% and the 1 GB context of a GPU
     memory = training_gb(SHAPE, Load(0, 0), frozen_copies=1, shards=4, on_gpu=True)
     assert memory == pytest.approx(2.5 * 1.1 + 1.0)
+
+
+def learner(**policy: Any) -> float:
+    """Memory of a learner rank of SHAPE beyond the process, with 256 tokens to a row."""
+    settings = PolicyConfig(**{"max_new_tokens": 128, "batch_size": 32, **policy})
+    return learner_gb(SHAPE, settings, max_length=256) - 0.3
+
+
+# 32 rows * 256 tokens * 17*2 layer inputs * 1024 * 2 bytes; 32*128 scored tokens * 1024 words * 8 bytes
+ACTIVATIONS, HEAD = 0.53125, 0.03125
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ({}, 2 + 2 + 6 + ACTIVATIONS + HEAD),  # weights, reference, gradients and moments
+        ({"separate_critic": True}, 2 + 2 + 2 + 12 + 2 * ACTIVATIONS + HEAD),
+        ({"num_minibatches": 4}, 10 + (ACTIVATIONS + HEAD) / 4),
+        ({"microbatch_size": 8}, 10 + (ACTIVATIONS + HEAD) / 4),
+        ({"microbatch_tokens": 2048}, 10 + (ACTIVATIONS + HEAD) / 4),
+        ({"logprob_chunk_tokens": 1024}, 10 + ACTIVATIONS + HEAD / 4),
+        ({"gradient_checkpointing": True}, 10 + ACTIVATIONS * 19 / 34 + HEAD),
+        ({"learner_ranks": 2}, 10 + (ACTIVATIONS + HEAD) / 2),  # each rank holds the whole model
+        ({"learner_ranks": 2, "fsdp": True}, 5 + (ACTIVATIONS + HEAD) / 2),
+    ],
+)
+def test_a_learner_rank_holds_what_its_config_says(policy: dict[str, Any], expected: float) -> None:
+    assert learner(**policy) == pytest.approx(expected)
 
 
 def test_generation_holds_weights_and_the_kv_cache() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from morlaif_ray.backbone import load_tokenizer
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.config.learning import PolicyConfig
-from morlaif_ray.errors import NumericalError
+from morlaif_ray.errors import ArtifactError, NumericalError
 from morlaif_ray.rl import PPOLearner
+from morlaif_ray.rl.policy_model import decoder_layers
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import RolloutBatch, UpdateMetrics
+from tests.unit.rl import slow_reference
 
 pytestmark = [
     pytest.mark.unit,
@@ -98,7 +104,7 @@ class SlowPPO:
         scaled = np.clip(
             reward_B / np.std(self.seen, ddof=1), -config.reward_clip, config.reward_clip
         )
-        old, values, advantages, returns, kls = [], [], [], [], []
+        old, values, advantages, returns, kls, weights = [], [], [], [], [], []
         with torch.no_grad():
             for i in range(num):
                 logprobs, value = self.evaluate(self.model, rows[i], starts[i])
@@ -108,11 +114,28 @@ class SlowPPO:
                 kls.append([float(p - q) for p, q in zip(logprobs, plain, strict=True)])
                 rewards = [-self.beta * kl for kl in kls[i]]
                 rewards[-1] += scaled[i]
+                engine = batch.logprobs_BT[i, : len(logprobs)]
+                cap = config.importance_cap
+                weights.append(
+                    [
+                        1.0 if cap is None else min(math.exp(o - e), cap)
+                        for o, e in zip(old[i], engine, strict=True)
+                    ]
+                )
+                if config.advantage != "gae":
+                    advantages.append([sum(rewards)] * len(rewards))
+                    returns.append([0.0] * len(rewards))
+                    continue
                 advantages.append(self.advantages(rewards, values[i]))
                 returns.append([a + v for a, v in zip(advantages[i], values[i], strict=True)])
-        flat = [a for row in advantages for a in row]
-        mean, std = np.mean(flat), np.std(flat)
-        advantages = [[float((a - mean) / std) for a in row] for row in advantages]
+        if config.advantage == "gae":
+            advantages = slow_reference.whiten(advantages)
+        else:
+            groups = {"rloo": slow_reference.rloo_totals, "grpo": slow_reference.grpo_totals}
+            totals = groups[config.advantage](
+                [row[0] for row in advantages], config.samples_per_prompt
+            )
+            advantages = [[t] * len(row) for t, row in zip(totals, advantages, strict=True)]
         rate = config.learning_rate * min(1.0, (self.step + 1) / config.warmup_steps)
         self.optimizer.param_groups[0]["lr"] = rate
         records = []
@@ -122,7 +145,7 @@ class SlowPPO:
             for start in range(0, num, num // config.num_minibatches):
                 chosen = order[start : start + num // config.num_minibatches]
                 records.append(
-                    self.minibatch(chosen, rows, starts, old, values, advantages, returns)
+                    self.minibatch(chosen, rows, starts, old, values, advantages, returns, weights)
                 )
         metrics = {key: float(np.mean([r[key] for r in records])) for key in records[0]}
         kl = float(np.mean([sum(row) for row in kls]))
@@ -139,8 +162,10 @@ class SlowPPO:
             "learning_rate": rate,
             "scaled_reward_mean": float(scaled.mean()),
             "reward_mean": float(reward_B.mean()),
-            "explained_variance": 1 - float(np.var(residual) / np.var(flat_returns)),
+            "importance_weight_mean": float(np.mean([w for row in weights for w in row])),
         }
+        if config.advantage == "gae":
+            metrics["explained_variance"] = 1 - float(np.var(residual) / np.var(flat_returns))
         self.beta *= (
             1 + float(np.clip(kl / config.kl_target - 1, -0.2, 0.2)) * num / config.kl_horizon
         )
@@ -148,7 +173,7 @@ class SlowPPO:
         return metrics
 
     def minibatch(self, chosen: Any, rows: Any, starts: Any, old: Any, old_values: Any,
-                  advantages: Any, returns: Any) -> dict[str, float]:  # fmt: skip
+                  advantages: Any, returns: Any, weights: Any) -> dict[str, float]:  # fmt: skip
         config = self.config
         policy_terms, value_terms, clipped, kl = [], [], [], []
         for i in chosen:
@@ -156,7 +181,7 @@ class SlowPPO:
             for t, (logprob, value) in enumerate(zip(logprobs, values, strict=True)):
                 ratio, a = (logprob - old[i][t]).exp(), advantages[i][t]
                 limited = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
-                policy_terms.append(-torch.minimum(a * ratio, a * limited))
+                policy_terms.append(-weights[i][t] * torch.minimum(a * ratio, a * limited))
                 clipped.append((a * limited < a * ratio).item())
                 kl.append((ratio - 1 - (logprob - old[i][t])).item())
                 v, r, e = old_values[i][t], returns[i][t], config.value_clip_range
@@ -164,6 +189,8 @@ class SlowPPO:
                 value_terms.append(0.5 * torch.maximum((value - r) ** 2, (near - r) ** 2))
         policy_loss = sum(policy_terms) / len(policy_terms)
         value_loss = sum(value_terms) / len(value_terms)
+        if config.advantage != "gae":
+            value_loss = torch.zeros(())
         self.optimizer.zero_grad()
         (policy_loss + config.value_coefficient * value_loss).backward()
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -199,11 +226,25 @@ def assert_equal_weights(learner: PPOLearner, slow: SlowPPO) -> None:
     torch.testing.assert_close(learner.policy.value_head.bias, slow.head.bias, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("separate_critic", [False, True])
+VARIANTS: dict[str, dict[str, Any]] = {
+    "value_head": {},
+    "critic": {"separate_critic": True},
+    "kept_forward": {"num_minibatches": 1, "microbatch_size": 64},
+    "kept_first_of_two": {"microbatch_size": 3},
+    "token_budget": {"microbatch_tokens": 16, "microbatch_size": 64},
+    "chunks": {"logprob_chunk_tokens": 4},
+    "checkpointing": {"gradient_checkpointing": True},
+    "importance": {"importance_cap": 1.2},
+    "rloo": {"advantage": "rloo", "samples_per_prompt": 3},
+    "grpo": {"advantage": "grpo", "samples_per_prompt": 2, "importance_cap": 2.0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_two_updates_equal_the_slow_reference(
-    gpt2: str, batch: Callable[..., RolloutBatch], separate_critic: bool
+    gpt2: str, batch: Callable[..., RolloutBatch], variant: str
 ) -> None:
-    config = CONFIG.model_copy(update={"separate_critic": separate_critic})
+    config = CONFIG.model_copy(update=VARIANTS[variant])
     learner, slow = PPOLearner(gpt2, config, seed=SEED), SlowPPO(gpt2, config)
     before = {name: p.detach().clone() for name, p in learner.policy.model.named_parameters()}
     for step, rewards in enumerate(REWARDS):
@@ -212,7 +253,8 @@ def test_two_updates_equal_the_slow_reference(
             assert metrics[name] == pytest.approx(value, rel=1e-3, abs=2e-5), name
         assert_equal_weights(learner, slow)
         assert learner.kl_controller.coefficient == pytest.approx(slow.beta, rel=1e-6)
-    assert metrics["clipfrac"] > 0.0  # the clip was met
+    if config.num_minibatches > 1:
+        assert metrics["clipfrac"] > 0.0  # the clip was met
     moved = [(p - before[n]).abs().max().item() for n, p in learner.policy.model.named_parameters()]
     assert min(moved) > 1e-4
 
@@ -318,6 +360,97 @@ def test_a_reward_that_is_not_finite_names_step_and_row(
         learner.update(batch(0), np.array([0.0, 1.0, np.nan, 0.0, 0.0, np.inf]))
     assert learner.step == 0
     assert learner.reward_scale.count == 0
+
+
+def test_samples_that_cannot_be_learned_are_written_to_the_file_that_the_error_names(
+    gpt2: str, batch: Callable[..., RolloutBatch], tmp_path: Path
+) -> None:
+    made = dataclasses.replace(batch(0), prompts=tuple("abcdef"), responses=tuple("uvwxyz"))
+    learner = PPOLearner(gpt2, CONFIG, seed=0, failure_dir=tmp_path / "arm")
+    rewards = np.array([0.0, 1.0, np.nan, 0.0, 0.0, np.inf])
+    scores = {"helpfulness": np.array([0.5, 0.5, np.nan, 0.5, 0.5, 2.0])}
+    with pytest.raises(NumericalError) as caught:
+        learner.update(made, rewards, scores)
+    path = tmp_path / "arm" / "not_finite_step_0.jsonl"
+    assert str(caught.value).endswith(f"reward 2 is not finite; the samples are in {path}")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["row"], r["prompt"], r["response"]) for r in records] == [
+        (2, "c", "w"),
+        (5, "f", "z"),
+    ]
+    assert math.isnan(records[0]["reward"])
+    assert records[1]["scores"] == {"helpfulness": 2.0}
+
+
+def test_a_gradient_that_overflows_stops_before_it_changes_a_weight(
+    gpt2: str, batch: Callable[..., RolloutBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = PPOLearner(gpt2, CONFIG, seed=0, failure_dir=tmp_path)
+    before = {name: value.copy() for name, value in learner.weights().items()}
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(float("inf"))
+    )
+    with pytest.raises(NumericalError, match=r"the gradient is not finite; lower policy\.learning"):
+        learner.update(batch(0), REWARDS[0])
+    for name, value in learner.weights().items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    records = (tmp_path / "not_finite_step_0.jsonl").read_text().splitlines()
+    assert len(records) == 3  # no single row stands out: the whole minibatch
+
+
+def test_gradient_checkpointing_changes_no_result(
+    model_path: Callable[[str], str], batch: Callable[..., RolloutBatch]
+) -> None:
+    def updated(kind: str, checkpointing: bool) -> dict[str, Any]:
+        config = CONFIG.model_copy(update={"gradient_checkpointing": checkpointing})
+        learner = PPOLearner(model_path(kind), config, seed=0)
+        layers = decoder_layers(learner.policy)
+        assert len(layers) == 2
+        assert all(
+            layer.training == checkpointing for layer in layers
+        )  # else nothing is recomputed
+        learner.update(batch(0), REWARDS[0])
+        return learner.weights()
+
+    for name, value in updated("gpt2_dropout", False).items():
+        np.testing.assert_array_equal(updated("gpt2_dropout", True)[name], value, err_msg=name)
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(
+    gpt2: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(gpt2, folder)
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["comet"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        ArtifactError, match=r"model: the tokenizer has 12 tokens and the model only 11"
+    ):
+        PPOLearner(str(folder), CONFIG, seed=0)
+
+
+def test_the_schedule_ends_with_the_arms_own_number_of_steps(
+    gpt2: str, batch: Callable[..., RolloutBatch]
+) -> None:
+    config = CONFIG.model_copy(update={"schedule": "linear", "warmup_steps": 0, "num_steps": 100})
+    learner = PPOLearner(gpt2, config, seed=0, num_steps=2)
+    assert learner.update(batch(0), REWARDS[0]).learning_rate == pytest.approx(1e-3)
+    assert learner.update(batch(1), REWARDS[1]).learning_rate == pytest.approx(5e-4)
+
+
+def test_bf16_autocast_keeps_weights_in_full_precision_and_stays_near(
+    gpt2: str, batch: Callable[..., RolloutBatch]
+) -> None:
+    def made(autocast: bool) -> tuple[UpdateMetrics, PPOLearner]:
+        config = CONFIG.model_copy(update={"bf16_autocast": autocast, "num_epochs": 1})
+        learner = PPOLearner(gpt2, config, seed=0)
+        return learner.update(batch(0), REWARDS[0]), learner
+
+    (full, _), (half, learner) = made(False), made(True)
+    assert {p.dtype for p in learner.policy.parameters()} == {torch.float32}
+    assert half.entropy == pytest.approx(full.entropy, rel=0.02)
+    assert half.entropy != full.entropy
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,24 +113,50 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_other_minibatches(
     assert not torch.equal(first["policy.value_head.weight"], other["policy.value_head.weight"])
 
 
-def test_a_later_checkpoint_replaces_the_earlier_one(
+def rewarded(
+    learner: PPOLearner, number: int, mean: float, batch: Callable[..., RolloutBatch]
+) -> None:
+    learner.update(batch(number), np.linspace(mean - 1, mean + 1, 6))
+
+
+def kept(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.parent.iterdir()}
+
+
+def test_the_newest_checkpoints_and_the_one_of_the_highest_reward_are_kept(
     gpt2: str, batch: Callable[..., RolloutBatch], tmp_path: Path
 ) -> None:
     learner, folder = PPOLearner(gpt2, CONFIG, seed=0), tmp_path / "deep" / "checkpoint"
-    for number in range(2):
-        steps(learner, range(number, number + 1), batch)
+    for number, reward in enumerate([0.0, 5.0, 1.0, 2.0, 3.0]):
+        rewarded(learner, number, reward, batch)
         learner.save_checkpoint(folder)
+    assert kept(folder) == {"checkpoint", "checkpoint.00000004", "checkpoint.00000002"}
     fresh = PPOLearner(gpt2, CONFIG, seed=0)
     fresh.load_checkpoint(folder)
-    assert fresh.step == 2
-    assert [entry.name for entry in folder.parent.iterdir()] == ["checkpoint"]
+    assert fresh.step == 5
+    rewarded(learner, 5, 9.0, batch)
+    learner.save_checkpoint(folder)
+    assert kept(folder) == {"checkpoint", "checkpoint.00000005"}
+
+
+def test_the_reward_of_a_checkpoint_is_the_mean_since_the_one_before(
+    gpt2: str, batch: Callable[..., RolloutBatch], tmp_path: Path
+) -> None:
+    learner, folder = PPOLearner(gpt2, CONFIG, seed=0), tmp_path / "checkpoint"
+    for number, reward in enumerate([1.0, 3.0, 7.0]):
+        rewarded(learner, number, reward, batch)
+        if number:
+            learner.save_checkpoint(folder)
+            stored = json.loads((folder / "state.json").read_text())["reward"]
+            assert stored == pytest.approx({1: 2.0, 2: 7.0}[number])
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(gpt2: str, tmp_path: Path) -> None:
     learner, folder = PPOLearner(gpt2, CONFIG, seed=0), tmp_path / "checkpoint"
     learner.step = 5
     learner.save_checkpoint(folder)
-    folder.rename(tmp_path / ".checkpoint.old")  # what such a kill leaves behind
+    folder.rename(tmp_path / "checkpoint.00000005")  # what such a kill leaves behind
+    (tmp_path / ".checkpoint.partial").mkdir()
     fresh = PPOLearner(gpt2, CONFIG, seed=0)
     assert fresh.load_checkpoint(folder)
     assert fresh.step == 5
@@ -150,6 +177,17 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
 
 
+def without_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def one_bit(folder: Path) -> None:
+    path = folder / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def without_optimizer(folder: Path) -> None:
     (folder / "optimizer.safetensors").unlink()
 
@@ -158,25 +196,10 @@ def broken_json(folder: Path) -> None:
     (folder / "state.json").write_text("{", encoding="utf-8")
 
 
-def lose_a_tensor(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "policy.safetensors")
-    del tensors["value_head.bias"]
-    save_file(tensors, folder / "policy.safetensors")
+DAMAGES = [cut_short, without_optimizer, broken_json, without_manifest, one_bit]
 
 
-def other_shape(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "policy.safetensors")
-    tensors["value_head.bias"] = torch.zeros(2)
-    save_file(tensors, folder / "policy.safetensors")
-
-
-@pytest.mark.parametrize(
-    "damage", [cut_short, without_optimizer, broken_json, lose_a_tensor, other_shape]
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_in_one_line(
     gpt2: str, batch: Callable[..., RolloutBatch], tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -184,10 +207,74 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
     steps(learner, range(1), batch)
     learner.save_checkpoint(folder)
     damage(folder)
-    with pytest.raises(ArtifactError, match=r"(damaged checkpoint|is missing)") as caught:
+    with pytest.raises(ArtifactError, match=r"damaged checkpoint \(.*\); remove it") as caught:
         PPOLearner(gpt2, CONFIG, seed=0).load_checkpoint(folder)
     assert str(caught.value).startswith(str(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_used_and_said(
+    gpt2: str, batch: Callable[..., RolloutBatch], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    whole = PPOLearner(gpt2, CONFIG, seed=0)
+    steps(whole, range(3), batch)
+    learner, folder = PPOLearner(gpt2, CONFIG, seed=0), tmp_path / "checkpoint"
+    for number in range(2):
+        steps(learner, range(number, number + 1), batch)
+        learner.save_checkpoint(folder)
+    damage(folder)
+    fresh = PPOLearner(gpt2, CONFIG, seed=0)
+    assert fresh.load_checkpoint(folder)
+    assert fresh.step == 1
+    assert len(fresh.notes) == 1
+    assert fresh.notes[0].startswith(f"{folder}: damaged checkpoint (")
+    assert fresh.notes[0].endswith("going on from checkpoint.00000001")
+    steps(fresh, range(1, 2), batch)
+    fresh.save_checkpoint(folder)  # beside what the damaged one left
+    again = PPOLearner(gpt2, CONFIG, seed=0)
+    assert again.load_checkpoint(folder)
+    assert again.notes == []
+    steps(again, range(2, 3), batch)
+    assert_identical(everything(again), everything(whole))
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed", "message"),
+    [
+        ({"learning_rate": 2e-3}, 0, "policy.learning_rate was 0.001, now 0.002"),
+        ({"lora": LoraConfig(rank=2)}, 0, "policy.lora was None, now {"),
+        ({}, 4, "seed was 0, now 4"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused_in_one_line(
+    gpt2: str, tmp_path: Path, changes: dict[str, Any], seed: int, message: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    PPOLearner(gpt2, CONFIG, seed=0).save_checkpoint(folder)
+    other = PPOLearner(gpt2, CONFIG.model_copy(update=changes), seed=seed)
+    with pytest.raises(ArtifactError) as caught:
+        other.load_checkpoint(folder)
+    assert str(caught.value).startswith(f"{folder}: checkpoint of another config ({message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_changes_speed_alone_does_not_make_a_checkpoint_foreign(
+    gpt2: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    PPOLearner(gpt2, CONFIG, seed=0).save_checkpoint(folder)
+    changes = {"microbatch_size": 3, "num_steps": 7, "keep_checkpoints": 5, "max_restarts": 9}
+    assert PPOLearner(gpt2, CONFIG.model_copy(update=changes), seed=0).load_checkpoint(folder)
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(
+    gpt2: str, model_path: Callable[[str], str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    PPOLearner(gpt2, CONFIG, seed=0).save_checkpoint(folder)
+    with pytest.raises(ArtifactError, match=r"checkpoint of another model \(tensor 'model\."):
+        PPOLearner(model_path("llama_tied"), CONFIG, seed=0).load_checkpoint(folder)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(
@@ -202,7 +289,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("morlaif_ray.tensor_state.save_file", full)
+    monkeypatch.setattr("morlaif_ray.rl.checkpoints.save_file", full)
     learner.step = 4
     with pytest.raises(ArtifactError, match="the disk is full; free some space"):
         learner.save_checkpoint(folder)

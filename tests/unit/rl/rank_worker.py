@@ -1,0 +1,52 @@
+"""One rank of a learner, as a script: `python rank_worker.py job.json RANK`. Leaves weights and metrics of its rank.
+
+job.json: {model, config, size, address, start, stop, checkpoint, restore, out}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.rl import PPOLearner
+from morlaif_ray.rl.ranks import join_ranks, leave_ranks
+
+SEED = 5
+
+
+def rewards_of(step: int, num: int) -> np.ndarray:
+    return np.random.default_rng(40 + step).normal(1.0, 2.0, num)
+
+
+def main(job_file: str, rank: int) -> None:
+    from conftest import make_batch  # beside this script
+
+    torch.set_num_threads(1)
+    job = json.loads(Path(job_file).read_text())
+    config = PolicyConfig(**job["config"])
+    ranks = join_ranks(rank, job["size"], job["address"], "cpu", 60.0)
+    learner = PPOLearner(job["model"], config, seed=SEED, ranks=ranks)
+    if job["restore"]:
+        assert learner.load_checkpoint(Path(job["checkpoint"]))
+    metrics = []
+    for step in range(job["start"], job["stop"]):
+        batch = make_batch(step, config.batch_size)
+        metrics.append(
+            dataclasses.asdict(learner.update(batch, rewards_of(step, config.batch_size)))
+        )
+    learner.save_checkpoint(Path(job["checkpoint"]))
+    out = Path(job["out"])
+    learner.save(out / "model")
+    np.savez(out / f"weights_{rank}.npz", **learner.weights())
+    (out / f"metrics_{rank}.json").write_text(json.dumps(metrics))
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
