@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from actors.spawning import spawn
 from actors.training import set_single_thread
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl.learner import PPOLearner
-from morlaif_ray.types import FloatArray, RolloutBatch
+from morlaif_ray.rl.weight_transfer import WeightBucket, in_buckets
+from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch
 
 
 class PPOLearnerActor:
@@ -42,6 +44,14 @@ class PPOLearnerActor:
     def weights(self) -> dict[str, Any]:
         """The policy's weights for the rollout workers; stays in the object store, never passes the driver."""
         return self._learner.weights()
+
+    def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
+        """The same weights in pieces of at most `max_bytes`, each with its checksum; for `num_returns="streaming"`."""
+        yield from in_buckets(self._learner.weights(), self._learner.step, max_bytes)
+
+    def logprobs(self, batch: RolloutBatch) -> Float32Array:
+        """Log-probabilities [B, T] of the batch's response tokens under the current policy; 0 beyond the length."""
+        return self._learner.logprobs(batch)
 
     def save_checkpoint(self) -> int:
         """Publishes the whole training state; returns the number of steps it holds."""

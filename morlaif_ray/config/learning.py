@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,6 +42,8 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class PreferenceConfig(Section):
     """One preference model per principle, and the single-objective baselines on the same pairs."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"concurrent_trials", "max_failures"})
 
     topology: Literal["separate", "shared_trunk"] = "separate"
     """separate: K models (the paper); shared_trunk: one trunk with K heads."""
@@ -111,8 +113,35 @@ class ArmConfig(Section):
         return self
 
 
+class VllmConfig(Section):
+    """Memory and speed of a vLLM engine (`policy.engine: vllm`)."""
+
+    max_num_seqs: PositiveInt = 64
+    """Responses that one engine samples at the same time."""
+    kv_cache_mb: PositiveInt | None = 256
+    """Keys and values of sequences in flight; None: what `gpu_memory_utilization` leaves on a GPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    """Share of a GPU's memory; counts where `kv_cache_mb` is null."""
+    enforce_eager: bool = True
+    """True: starts in seconds; False: compiles and captures graphs first, then samples faster."""
+
+
 class PolicyConfig(Section):
     """PPO (Schulman et al. 2017; ALGORITHMS.md section 5). Defaults are the paper's."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {
+            "concurrent_arms",
+            "weight_bucket_mb",
+            "parity_every",
+            "parity_threshold",
+            "samples_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_restarts",
+            "call_timeout_s",
+        }
+    )
 
     arms: list[ArmConfig] = [
         ArmConfig(name="linear", scalarizer="linear"),
@@ -122,6 +151,8 @@ class PolicyConfig(Section):
     num_steps: PositiveInt = 100
     """PPO steps; each samples `batch_size` responses."""
     batch_size: PositiveInt = 64
+    samples_per_prompt: PositiveInt = 1
+    """Responses to each prompt of a batch."""
     num_epochs: PositiveInt = 4
     num_minibatches: PositiveInt = 1
     microbatch_size: PositiveInt = 64
@@ -155,8 +186,22 @@ class PolicyConfig(Section):
     truncation_penalty: NonNegativeFloat = 0.0
     """Subtracted from the scalar reward of a response without EOS, in units of the reward."""
     lora: LoraConfig | None = None
-    engine: Literal["transformers"] = "transformers"
-    """The generation engine of the rollout workers."""
+    engine: Literal["transformers", "vllm", "auto"] = "transformers"
+    """The generation engine of the rollout workers; auto: vLLM where the driver finds it installed."""
+    vllm: VllmConfig = VllmConfig()
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: the next step's responses are sampled, with the weights at hand, while the learner works on this one."""
+    rollout_chunk: PositiveInt | None = None
+    """Responses that are sampled and then scored together, while others are still sampled; None: the whole batch is
+    split evenly over the workers and scored at once."""
+    weight_bucket_mb: PositiveInt = 256
+    """Largest piece in which new weights travel to the rollout workers."""
+    parity_every: NonNegativeInt = 50
+    """Steps between comparisons of the engine's and the learner's log-probabilities, from step 0 on; 0: none."""
+    parity_threshold: PositiveFloat = 0.5
+    """Largest difference of a token's log-probabilities (nats) that passes without an alarm."""
+    samples_every: NonNegativeInt = 25
+    """Steps between tables of sample responses in the tracker; 0: none."""
     num_rollout_workers: PositiveInt = 1
     rollout_gpus_per_worker: NonNegativeFloat = 0.0
     learner_ranks: PositiveInt = 1
@@ -186,11 +231,17 @@ class PolicyConfig(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of num_minibatches {self.num_minibatches}"
             )
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
         return self
 
 
 class SweepConfig(Section):
     """Ray Tune over scalarizers and weights."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"concurrent_trials"})
 
     enabled: bool = True
     """Whether `morlaif run` includes the sweep."""

@@ -35,7 +35,7 @@ from morlaif_ray.rl.policy_model import PolicyModel, TokenBatch
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.tensor_ops import masked_mean, masked_whiten
 from morlaif_ray.tensor_state import load_state, save_state, state_exists
-from morlaif_ray.types import FloatArray, RolloutBatch, UpdateMetrics
+from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch, UpdateMetrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +243,12 @@ class PPOLearner:
             )
         self.optimizer.step()
         return {**sums, "grad_norm": float(norm)}
+
+    @torch.no_grad()
+    def logprobs(self, batch: RolloutBatch) -> Float32Array:
+        """Log-probabilities [B, T] (nats) of the response tokens under the current policy; 0 beyond the length."""
+        logprobs_BT: Float32Array = self._evaluate(self._to_tokens(batch))[0].cpu().numpy()
+        return logprobs_BT
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """The policy's weights by plain parameter name, as float32 arrays for the rollout workers."""
