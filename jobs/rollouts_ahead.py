@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -147,7 +148,7 @@ def load_in_flight(path: Path) -> Batch:
             f"{path}: the responses in flight of this checkpoint are missing; remove {path.parent.parent} to begin "
             f"this arm again"
         ) from None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ArtifactError(
             f"{path}: damaged ({error}); remove {path.parent.parent} to begin this arm again"
         ) from None
