@@ -47,7 +47,7 @@ class PPOLearnerActor:
 
     def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
         """The same weights in pieces of at most `max_bytes`, each with its checksum; for `num_returns="streaming"`."""
-        yield from in_buckets(self._learner.weights(), self._learner.step, max_bytes)
+        yield from in_buckets(self.weights(), self._learner.step, max_bytes)
 
     def logprobs(self, batch: RolloutBatch) -> Float32Array:
         """Log-probabilities [B, T] of the batch's response tokens under the current policy; 0 beyond the length."""

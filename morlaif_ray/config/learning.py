@@ -152,7 +152,7 @@ class PolicyConfig(Section):
     """PPO steps; each samples `batch_size` responses."""
     batch_size: PositiveInt = 64
     samples_per_prompt: PositiveInt = 1
-    """Responses to each prompt of a batch."""
+    """Responses to each prompt of a step: the batch holds batch_size / samples_per_prompt prompts."""
     num_epochs: PositiveInt = 4
     num_minibatches: PositiveInt = 1
     microbatch_size: PositiveInt = 64
