@@ -56,7 +56,8 @@ class RolloutPool:
 
         if self._weights is not None:
             method, arguments = self._loading()
-            ray.get(getattr(handle, method).remote(*arguments), timeout=120.0)
+            timeout_s = self._policy.call_timeout_s
+            ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)
 
     def _loading(self) -> tuple[str, tuple[Any, ...]]:
         """(method, arguments) that bring a worker to the current weights."""

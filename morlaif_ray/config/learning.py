@@ -118,10 +118,10 @@ class VllmConfig(Section):
 
     max_num_seqs: PositiveInt = 64
     """Responses that one engine samples at the same time."""
-    kv_cache_mb: PositiveInt | None = 256
-    """Keys and values of sequences in flight; None: what `gpu_memory_utilization` leaves on a GPU."""
+    kv_cache_mb: PositiveInt | None = None
+    """Keys and values of sequences in flight; None: 256 on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
-    """Share of a GPU's memory; counts where `kv_cache_mb` is null."""
+    """Share of a GPU's memory that the engine takes; counts where `kv_cache_mb` is not set."""
     enforce_eager: bool = True
     """True: starts in seconds; False: compiles and captures graphs first, then samples faster."""
 

@@ -41,14 +41,17 @@ ENVIRONMENT = {
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 """Compiling one small function would take longer than a short run samples."""
 
+CPU_CACHE_MB = 256
+"""vLLM's own default on a CPU is many gigabytes, all of them zeroed at the start."""
+
 
 @dataclass(frozen=True)
 class VllmSettings:
     """How much memory and how many sequences the engine may take (`policy.vllm` of the config)."""
 
     max_num_seqs: int = 64
-    kv_cache_mb: int | None = 256
-    """None: `gpu_memory_utilization` of the device."""
+    kv_cache_mb: int | None = None
+    """None: `CPU_CACHE_MB` on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
     gpu_memory_utilization: float = 0.85
     enforce_eager: bool = True
     """True: starts in seconds; False: compiles and captures graphs."""
@@ -215,9 +218,12 @@ def _start(model_path: str, dtype: str, settings: VllmSettings, max_model_len: i
     prepare_vllm_environment()
     from vllm import LLM
 
+    cache_mb = settings.kv_cache_mb
+    if cache_mb is None and not torch.cuda.is_available():
+        cache_mb = CPU_CACHE_MB
     memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-    if settings.kv_cache_mb is not None:
-        memory = {"kv_cache_memory_bytes": settings.kv_cache_mb << 20}
+    if cache_mb is not None:
+        memory = {"kv_cache_memory_bytes": cache_mb << 20}
     return LLM(
         model=model_path,
         tokenizer=model_path,
