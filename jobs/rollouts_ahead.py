@@ -134,7 +134,7 @@ def save_in_flight(path: Path, batch: Batch) -> None:
 def load_in_flight(path: Path) -> Batch:
     """What `save_in_flight` wrote; ArtifactError where it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             texts = json.loads(arrays["texts"].tobytes())
             responses = RolloutBatch(
                 prompts=tuple(texts["prompts"]),
