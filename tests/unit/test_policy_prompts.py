@@ -70,7 +70,7 @@ def test_no_room_for_any_prompt_is_an_error(tmp_path: Path) -> None:
 
 def test_no_prompt_at_all_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no prompt in the split policy; raise data\.splits\.pol"):
-        check_policy_prompts(make_context(tmp_path, []))
+        check_policy_prompts(make_context(tmp_path, [], max_new_tokens=8))
 
 
 def test_a_tokenizer_without_eos_is_named_before_anything_starts(tmp_path: Path) -> None:
