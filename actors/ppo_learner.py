@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import MorlaifError
 from morlaif_ray.rl.learner import PPOLearner
 from morlaif_ray.rl.ranks import Ranks, join_ranks, leave_ranks
+from morlaif_ray.rl.weight_transfer import WeightBucket, in_buckets
 from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch
 
 CAUSE_TIMEOUT_S = 5.0
@@ -126,6 +127,10 @@ class PPOLearnerActor:
     def gather_weights(self) -> None:
         """This rank's part in rank 0's `weights`; the result stays there."""
         self._learner.weights()
+
+    def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
+        """The same weights in pieces of at most `max_bytes`, each with its checksum; for `num_returns="streaming"`."""
+        yield from in_buckets(self.weights(), self._learner.step, max_bytes)
 
     def save_checkpoint(self) -> int:
         """Publishes the whole training state; returns the number of steps it holds."""

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from actors.engines import engine_of
 from actors.placement import ROLLOUT_CPUS
 from actors.rollout_worker import spawn_rollout_worker
 from actors.supervision import Call, SupervisedActor, call_all, map_over, wait_all_ready
 from morlaif_ray.config import Config
 from morlaif_ray.rl.generation import SamplingSettings
+from morlaif_ray.rl.weight_transfer import in_buckets
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 
 
@@ -25,11 +27,14 @@ class RolloutPool:
         self._version = 0
         self._model_path = model_path
         self._dtype = "float32" if config.model.kind == "scratch" else config.model.dtype
-        gpus = config.policy.rollout_gpus_per_worker
+        self._policy = config.policy
+        self.engine = engine_of(config.policy)
+        # vLLM batches by itself: a prompt goes to the worker with the fewest responses in flight.
+        self._in_flight = config.policy.vllm.max_num_seqs if self.engine == "vllm" else 2
 
         def spawn() -> Any:
             return spawn_rollout_worker(
-                self._model_path, dtype=self._dtype, num_cpus=ROLLOUT_CPUS, num_gpus=gpus
+                self._model_path, config.policy, dtype=self._dtype, num_cpus=ROLLOUT_CPUS
             )
 
         self._workers = [
@@ -50,7 +55,14 @@ class RolloutPool:
         import ray
 
         if self._weights is not None:
-            ray.get(handle.load_weights.remote(self._weights, self._version), timeout=120.0)
+            method, arguments = self._loading()
+            timeout_s = self._policy.call_timeout_s
+            ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)
+
+    def _loading(self) -> tuple[str, tuple[Any, ...]]:
+        """(method, arguments) that bring a worker to the current weights."""
+        method = "load_buckets" if isinstance(self._weights, list) else "load_weights"
+        return method, (self._weights, self._version)
 
     def map(
         self,
@@ -58,32 +70,53 @@ class RolloutPool:
         settings: SamplingSettings,
         on_result: Callable[[int, RolloutBatch], None] | None = None,
     ) -> list[RolloutBatch]:
-        """One batch per chunk, in order."""
+        """One batch per chunk, in order; chunks go to the least loaded worker."""
         items = [(list(chunk), settings) for chunk in chunks]
-        return map_over(self._workers, "generate", items, on_result)
+        return map_over(self._workers, "generate", items, on_result, self._in_flight)
 
     def generate(
-        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+        self,
+        requests: Sequence[GenerationRequest],
+        settings: SamplingSettings,
+        on_result: Callable[[int, RolloutBatch], None] | None = None,
     ) -> RolloutBatch:
-        """All requests as one batch, split evenly over the workers."""
-        parts = [
-            list(part)
-            for part in np.array_split(np.arange(len(requests)), len(self._workers))
-            if len(part)
-        ]
-        return join_batches(self.map([[requests[i] for i in part] for part in parts], settings))
+        """All requests as one batch. `on_result(first row, part)` hears of finished parts, in no particular order."""
+        parts = self._parts(len(requests))
+        first = [part[0] for part in parts]
+        heard = on_result and (lambda index, batch: on_result(first[index], batch))
+        chunks = [[requests[i] for i in part] for part in parts]
+        return join_batches(self.map(chunks, settings, heard))
+
+    def _parts(self, num: int) -> list[range]:
+        """Rows that travel together. vLLM: the samples of a prompt, which share its keys and values; else
+        `rollout_chunk` rows, or an even share of a worker. They never depend on load: the bits of a response may
+        depend on its neighbours."""
+        size = self._policy.samples_per_prompt if self.engine == "vllm" else None
+        size = size or self._policy.rollout_chunk
+        if size is not None:
+            return [range(start, min(start + size, num)) for start in range(0, num, size)]
+        shares = np.array_split(np.arange(num), len(self._workers))
+        return [range(int(share[0]), int(share[-1]) + 1) for share in shares if len(share)]
+
+    def generate_on_each(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> list[RolloutBatch]:
+        """The same requests to every worker; one batch per worker."""
+        return call_all(
+            [Call(worker, "generate", (list(requests), settings)) for worker in self._workers]
+        )
 
     def load_weights(self, weights: Any, version: int) -> None:
-        """Gives every worker the weights behind an object reference (or a plain dict)."""
+        """Gives every worker the weights: a list of references to buckets, or a plain dict (or a reference to one)."""
         self._weights, self._version = weights, version
-        call_all([Call(worker, "load_weights", (weights, version)) for worker in self._workers])
+        method, arguments = self._loading()
+        held = call_all([Call(worker, method, arguments) for worker in self._workers])
+        assert set(held) == {version}, f"workers hold versions {sorted(held)}, expected {version}"
 
     def load_model(self, model_path: str) -> None:
         """Replaces the model of every worker (evaluation of several policies)."""
         self._weights, self._version, self._model_path = None, 0, model_path
-        call_all(
-            [Call(worker, "load_model", (model_path, self._dtype)) for worker in self._workers]
-        )
+        call_all([Call(worker, "load_model", (model_path,)) for worker in self._workers])
 
     def close(self) -> None:
         for worker in self._workers:
@@ -114,8 +147,10 @@ def join_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
     )
 
 
-def weights_reference(weights: Mapping[str, np.ndarray[Any, Any]]) -> Any:
+def weights_reference(
+    weights: Mapping[str, np.ndarray[Any, Any]], version: int = 0, max_bytes: int = 256 << 20
+) -> list[Any]:
     """Puts weights into the object store once, for all workers (zero copy on the same node)."""
     import ray
 
-    return ray.put(dict(weights))
+    return [ray.put(bucket) for bucket in in_buckets(weights, version, max_bytes)]

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from actors.engines import engine_of
 from actors.spawning import spawn
 from actors.training import set_single_thread
-from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
+from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.rl.generation import GenerationEngine, SamplingSettings, TransformersEngine
+from morlaif_ray.rl.vllm_engine import (
+    CPU_ENVIRONMENT,
+    ENVIRONMENT,
+    VllmEngine,
+    VllmSettings,
+)
+from morlaif_ray.rl.weight_transfer import WeightBucket
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 
 
 class RolloutWorker:
     """Plain class; `spawn_rollout_worker` gives it a process."""
 
-    def __init__(self, model_path: str, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model_path: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        vllm: VllmSettings | None = None,
+    ) -> None:
         set_single_thread()
-        self.engine = TransformersEngine.from_path(model_path, dtype=dtype)
-        self.engine.model.to(device)
+        self.engine: GenerationEngine
+        if vllm is not None:
+            self.engine = VllmEngine(model_path, dtype=dtype, settings=vllm)
+        else:
+            engine = TransformersEngine.from_path(model_path, dtype=dtype)
+            engine.model.to(device)
+            self.engine = engine
 
     def ping(self) -> int:
         """The policy version held."""
@@ -28,11 +48,9 @@ class RolloutWorker:
     ) -> RolloutBatch:
         return self.engine.generate(requests, settings)
 
-    def load_model(self, model_path: str, dtype: str = "float32") -> int:
+    def load_model(self, model_path: str) -> int:
         """Replaces the whole model, for evaluation of several policies; returns the version held (0)."""
-        device = next(self.engine.model.parameters()).device
-        self.engine = TransformersEngine.from_path(model_path, dtype=dtype)
-        self.engine.model.to(device)
+        self.engine.load_model(model_path)
         return self.engine.policy_version
 
     def load_weights(self, weights: Mapping[str, Any], version: int) -> int:
@@ -40,8 +58,45 @@ class RolloutWorker:
         self.engine.load_weights(weights, version)
         return version
 
+    def load_buckets(self, buckets: Sequence[Any], version: int) -> int:
+        """Adopts the weights behind references to `WeightBucket`s once all are verified; returns their version."""
+        weights: dict[str, Any] = {}
+        for bucket in _resolved(buckets, version):
+            weights |= bucket.weights
+        self.engine.load_weights(weights, version)
+        return version
 
-def spawn_rollout_worker(model_path: str, *, dtype: str, num_cpus: float, num_gpus: float) -> Any:
-    """An actor handle of a `RolloutWorker` that reserves the given CPUs and GPUs."""
-    device = "cuda" if num_gpus else "cpu"
-    return spawn(RolloutWorker, model_path, dtype, device, num_cpus=num_cpus, num_gpus=num_gpus)
+
+def _resolved(buckets: Sequence[Any], version: int) -> Iterator[WeightBucket]:
+    """The buckets behind references (views of shared memory, no copy), each verified; all of them or an error."""
+    import ray
+
+    last = False
+    for index, entry in enumerate(buckets):
+        bucket = entry if isinstance(entry, WeightBucket) else ray.get(entry)
+        last = bucket.verified(version, index).is_last
+        yield bucket
+    assert last, f"{len(buckets)} weight buckets of version {version}, the last one is missing"
+
+
+def spawn_rollout_worker(
+    model_path: str, policy: PolicyConfig, *, dtype: str, num_cpus: float
+) -> Any:
+    """An actor handle of a `RolloutWorker` that reserves the given CPUs and the configured GPUs."""
+    gpus = policy.rollout_gpus_per_worker
+    device = "cuda" if gpus else "cpu"
+    if engine_of(policy) == "transformers":
+        return spawn(RolloutWorker, model_path, dtype, device, num_cpus=num_cpus, num_gpus=gpus)
+    vllm = VllmSettings(**policy.vllm.model_dump())
+    return spawn(
+        RolloutWorker,
+        model_path,
+        dtype,
+        device,
+        vllm,
+        num_cpus=num_cpus,
+        num_gpus=gpus,
+        # Every response in flight is a waiting call; two more for control.
+        max_concurrency=vllm.max_num_seqs + 2,
+        environment=ENVIRONMENT | ({} if gpus else CPU_ENVIRONMENT),
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,40 +205,58 @@ def map_over(
     method: str,
     items: Sequence[tuple[Any, ...]],
     on_result: Callable[[int, Any], None] | None = None,
+    in_flight: int = 2,
 ) -> list[Any]:
-    """Spreads items over interchangeable actors, one in flight plus one queued per actor; results in item order."""
+    """Spreads items over interchangeable actors, each to the least loaded, at most `in_flight` per actor; results in
+    item order. An actor that answers nothing for its call time-out is replaced, however busy the others are."""
     import ray
 
     results: list[Any] = [None] * len(items)
     pending: dict[Any, tuple[int, SupervisedActor, Any]] = {}
     load = {id(actor): 0 for actor in actors}
+    heard = {id(actor): time.monotonic() for actor in actors}
     queue = list(range(len(items)))[::-1]
 
-    def send(index: int, actor: SupervisedActor) -> None:
-        reference, handle = actor.submit(method, items[index])
-        pending[reference] = (index, actor, handle)
-        load[id(actor)] += 1
+    def give_out() -> None:
+        while queue:
+            actor = min(actors, key=lambda a: load[id(a)])
+            if load[id(actor)] >= in_flight:
+                return
+            if not load[id(actor)]:
+                heard[id(actor)] = time.monotonic()
+            index = queue.pop()
+            reference, handle = actor.submit(method, items[index])
+            pending[reference] = (index, actor, handle)
+            load[id(actor)] += 1
 
-    while queue or pending:
-        free = [actor for actor in actors if load[id(actor)] < 2]
-        while queue and free:
-            actor = min(free, key=lambda a: load[id(a)])
-            send(queue.pop(), actor)
-            free = [a for a in actors if load[id(a)] < 2]
-        timeout_s = actors[0].call_timeout_s
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
-        reference = ready[0] if ready else next(iter(pending))
+    def take_back(reference: Any) -> tuple[int, SupervisedActor, Any]:
         index, actor, handle = pending.pop(reference)
         load[id(actor)] -= 1
-        if not ready:
-            actor.revive(handle, f"no answer to {method} in {timeout_s:.0f} s")
-            queue.append(index)
+        heard[id(actor)] = time.monotonic()
+        return index, actor, handle
+
+    while queue or pending:
+        give_out()
+        deadline = min(heard[id(a)] + a.call_timeout_s for a in actors if load[id(a)])
+        wait_s = max(deadline - time.monotonic(), 0.0)
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=wait_s)
+        if ready:
+            index, actor, handle = take_back(ready[0])
+            done, value = _collect(Call(actor, method, items[index]), ready[0], handle)
+            if not done:
+                queue.append(index)
+                continue
+            results[index] = value
+            if on_result is not None:
+                on_result(index, value)
             continue
-        done, value = _collect(Call(actor, method, items[index]), reference, handle)
-        if not done:
-            queue.append(index)
-            continue
-        results[index] = value
-        if on_result is not None:
-            on_result(index, value)
+        silent = [
+            a for a in actors if load[id(a)] and heard[id(a)] + a.call_timeout_s <= time.monotonic()
+        ]
+        for actor in silent:
+            lost = [ref for ref, (_, owner, _) in pending.items() if owner is actor]
+            taken = [take_back(reference) for reference in lost]
+            queue.extend(sorted((index for index, _, _ in taken), reverse=True))
+            for handle in {id(handle): handle for _, _, handle in taken}.values():
+                actor.revive(handle, f"no answer to {method} in {actor.call_timeout_s:.0f} s")
     return results

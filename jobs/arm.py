@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,23 @@ import numpy as np
 
 from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
-from actors.rollout_pool import RolloutPool
+from actors.rollout_pool import RolloutPool, join_batches
 from actors.supervision import cause_of, one_line
+from jobs.arm_record import ArmRecord
+from jobs.arm_scoring import ArmScorer, PanelStream, ScoredBatch
 from jobs.context import JobContext
 from jobs.prompt_schedule import PromptSchedule
+from jobs.rollouts_ahead import Batch, RolloutsAhead
 from jobs.train_sft import sft_model_path
-from morlaif_ray.artifacts import read_table, write_json, write_table
-from morlaif_ray.backbone.dialogue import dialogue_text
+from morlaif_ray.artifacts import read_table
 from morlaif_ray.config.learning import ArmConfig
-from morlaif_ray.errors import ActorLostError, ScalarizerError
-from morlaif_ray.reward.function import RewardFunction
+from morlaif_ray.errors import ActorLostError
 from morlaif_ray.rl.generation import SamplingSettings
 from morlaif_ray.seeding import derive_seed
-from morlaif_ray.types import FloatArray, GenerationRequest, RolloutBatch
+from morlaif_ray.types import GenerationRequest, RolloutBatch
 
-METRICS_LOG = "metrics.jsonl"
+PARITY_PROMPTS = 4
+NUM_SAMPLES = 6
 
 
 class ArmStopped(Exception):
@@ -36,16 +36,6 @@ class ArmStopped(Exception):
 
 class LearnerWentBack(Exception):
     """The learner was lost; it and the rollout workers are back at the last checkpoint: go on from `arm.step`."""
-
-
-@dataclass(frozen=True)
-class ScoredBatch:
-    """Rewards of a rollout batch with the vector that they came from."""
-
-    reward_B: FloatArray
-    raw_BK: FloatArray
-    normalised_BK: FloatArray
-    seconds: float
 
 
 class Arm:
@@ -62,24 +52,22 @@ class Arm:
         self._schedule = PromptSchedule(context)
         self.num_steps = config.num_steps or context.config.policy.num_steps
         self.seconds: dict[str, float] = {}
-        """Wall seconds of the phases of the last step."""
-        self._rows: list[dict[str, float]] = []
+        """Wall seconds of the phases of the last step; with `policy.staleness: 1` phases overlap."""
+        self.gauges: dict[str, float] = {}
+        """How the loop ran, beside the seconds; like them no part of the results."""
+        self._record = ArmRecord(context, config, work, self.num_steps)
         self._restarts = 0
-        self._missing = self._scores = 0
         self._started = time.monotonic()
         work.mkdir(parents=True, exist_ok=True)
-        weights_json = context.path("4_reward", "weights.json")
-        settings = context.config.reward
-        self._all_principles = RewardFunction.from_artifacts(weights_json, "linear", settings)
-        if config.scalarizer is not None:
-            self.reward = RewardFunction.from_artifacts(weights_json, config.scalarizer, settings)
-        else:
-            panel_json = context.path("3_preference_models", "panel.json")
-            self.reward = RewardFunction.for_baseline(panel_json, str(config.baseline))
-        names = [column.name for column in panel.columns]
-        wanted = self.reward.principles if config.scalarizer else (f"baseline_{config.baseline}",)
-        self._reward_columns = [names.index(name) for name in wanted]
-        self._principle_columns = [names.index(name) for name in self._all_principles.principles]
+        self.scorer = ArmScorer(context, config, panel)
+        self._stream: PanelStream | None = None
+        policy = context.config.policy
+        self.ahead = RolloutsAhead(
+            self._sample_and_score,
+            policy.staleness,
+            work / "in_flight",
+            policy.keep_checkpoints + 2,
+        )
 
     # ------------------------------------------------------------ the loop's verbs
 
@@ -100,50 +88,84 @@ class Arm:
         return self.step
 
     def generate(self, step: int) -> RolloutBatch:
-        """One response to each prompt of this step."""
+        """The responses of this step; with `policy.rollout_chunk` finished ones go to the panel at once."""
         started = time.monotonic()
         policy = self.context.config.policy
-        requests = [
-            GenerationRequest(prompt, derive_seed(self.context.config.seed, "policy", step, index))
-            for index, prompt in enumerate(self._schedule.prompts_of(step))
-        ]
-        settings = SamplingSettings(policy.max_new_tokens, policy.temperature, tuple(policy.stop))
-        batch = self._rollouts.generate(requests, settings)
-        self.seconds["seconds_generate"] = time.monotonic() - started
+        prompts = self._schedule.prompts_of(step)
+        if policy.rollout_chunk:
+            self._stream = PanelStream(self.panel, len(prompts), policy.rollout_chunk)
+        batch = self._rollouts.generate(
+            self._requests(prompts, "policy", step),
+            self._sampling,
+            self._stream.take if self._stream else None,
+        )
+        seconds = self.seconds["seconds_generate"] = time.monotonic() - started
+        tokens = float(batch.response_lengths_B.sum())
+        self.gauges["generated_tokens_per_second"] = tokens / max(seconds, 1e-9)
         return batch
 
     def score(self, batch: RolloutBatch) -> ScoredBatch:
         """Panel scores and the arm's scalar reward; stops the run when too many scores are missing."""
         started = time.monotonic()
-        texts = [dialogue_text(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)]
-        raw = self.panel.score(texts).scores_BK
-        result = self.reward(raw[:, self._reward_columns])
-        self._missing += result.num_missing
-        self._scores += result.num_scores
-        limit = self.context.config.reward.max_missing_share
-        if self._missing > limit * self._scores:
-            raise ScalarizerError(
-                f"arm '{self.config.name}': {self._missing} of {self._scores} scores are missing, more than "
-                f"reward.max_missing_share ({limit:g}) allows"
-            )
-        reward_B = (
-            result.reward_B - self.context.config.policy.truncation_penalty * batch.truncated_B
-        )
-        principles = raw[:, self._principle_columns]
+        stream, self._stream = self._stream, None
+        scored = self.scorer.score(batch, stream.scores() if stream else None)
         self.seconds["seconds_score"] = time.monotonic() - started
-        return ScoredBatch(
-            reward_B,
-            principles,
-            self._all_principles.normaliser.apply(principles),
-            time.monotonic() - started,
+        return scored
+
+    def _sample_and_score(self, step: int) -> Batch:
+        batch = self.generate(step)
+        return batch, self.score(batch)
+
+    def check_parity(self, step: int) -> None:
+        """Holds every engine's log-probabilities against the learner's, on the same tokens and the same weights."""
+        policy = self.context.config.policy
+        prompts = self._schedule.prompts_of(step)[:: policy.samples_per_prompt][:PARITY_PROMPTS]
+        probes = self._rollouts.generate_on_each(
+            self._requests(prompts, "parity", step), self._sampling
         )
+        probe = join_batches(probes)
+        expected_BT = self._ask("logprobs", probe)
+        gap_BT = np.abs(probe.logprobs_BT - expected_BT)
+        worst = float(gap_BT.max())
+        self.gauges["parity_gap_max"] = worst
+        self.gauges["parity_gap_mean"] = float(gap_BT.sum() / probe.response_lengths_B.sum())
+        if not worst <= policy.parity_threshold:
+            self.gauges["parity_alarms"] = self.gauges.get("parity_alarms", 0.0) + 1
+            self.context.reporter.line(
+                f"  arm {self.config.name}: step {step}: engine and learner differ by {worst:.3g} nats on a token "
+                f"(policy.parity_threshold is {policy.parity_threshold:g}): the engine may hold other weights, or its "
+                f"precision is too low"
+            )
 
     def update(self, step: int, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
         """One PPO step. LearnerWentBack (here and below) where the learner was lost and restored."""
         started = time.monotonic()
         metrics: dict[str, float] = self._ask("update", batch, scored.reward_B)
         self.seconds["seconds_update"] = time.monotonic() - started
-        return {**metrics, **self._observations(batch, scored)}
+        return {**metrics, **self.scorer.observations(batch, scored)}
+
+    def await_rollouts(self, staleness: int) -> None:
+        """Until no response is being sampled any more; only then may the workers' weights change."""
+        self.gauges["rollouts_ready"] = float(self.ahead.wait())
+        self.gauges["staleness"] = float(staleness)
+        self.seconds["seconds_wait_rollouts"] = self.ahead.wait_s
+
+    def measure(self, seconds: float) -> None:
+        """The learner's idle share of a step that took so many wall seconds."""
+        self.seconds["seconds_step"] = seconds
+        self.gauges["learner_idle_share"] = max(0.0, 1.0 - self.seconds["seconds_update"] / seconds)
+
+    def sample_table(
+        self, batch: RolloutBatch, scored: ScoredBatch
+    ) -> tuple[list[str], list[list[str]]]:
+        """(columns, rows) of some responses with their reward and normalised scores."""
+        columns = ["prompt", "response", "reward", *self.scorer.principles]
+        rows = []
+        for index in range(min(NUM_SAMPLES, len(batch))):
+            figures = [scored.reward_B[index], *scored.normalised_BK[index]]
+            texts = [batch.prompts[index].strip(), batch.responses[index].strip()]
+            rows.append([*texts, *(f"{figure:.2f}" for figure in figures)])
+        return columns, rows
 
     def refresh(self, step: int) -> None:
         """Gives the new weights to the rollout workers; they travel through the object store, not the driver."""
@@ -153,17 +175,11 @@ class Arm:
         self.seconds["seconds_refresh"] = time.monotonic() - started
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a row to the arm's log, which survives a kill. Seconds go elsewhere: they differ from run to run."""
-        row = {"step": float(step), **metrics}
-        seconds = self.context.path("timings", f"policy-{self.config.name}.jsonl")
-        seconds.parent.mkdir(exist_ok=True)
-        with seconds.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **self.seconds}) + "\n")
-        self._rows.append(row)
-        with (self.work / METRICS_LOG).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        """Adds a row to the arm's log."""
+        self._record.add(step, metrics, {**self.seconds, **self.gauges})
 
     def checkpoint(self) -> None:
+        self.ahead.save(self.step)
         self._ask("save_checkpoint")
 
     def finish(self) -> None:
@@ -171,11 +187,8 @@ class Arm:
         import ray
 
         self._ask("save_model", str(self.work / "model"))
-        columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
-        columns["step"] = [int(step) for step in columns["step"]]
-        write_table(self.work / "metrics.parquet", columns)
-        summary = self._summary()
-        write_json(self.work / "summary.json", summary)
+        reference = read_table(self.context.path("3_preference_models", "scores_reference.parquet"))
+        summary = self._record.publish(self.scorer.reference_rewards(reference))
         ray.kill(self._learner)
         self._rollouts.close()
         self.context.reporter.line(
@@ -211,11 +224,25 @@ class Arm:
             self._restore_learner(one_line(error))
         raise LearnerWentBack
 
-    def _new_weights(self) -> Any:
-        """A reference to the policy's weights. Calls are answered in order: once `ping` is, the weights exist."""
-        weights = self._learner.weights.remote()
+    def _new_weights(self) -> list[Any]:
+        """References to buckets of the policy's weights. Calls are answered in order: once `ping` is, they exist."""
+        max_bytes = self.context.config.policy.weight_bucket_mb << 20
+        streaming = self._learner.weight_buckets.options(num_returns="streaming")
+        buckets = streaming.remote(max_bytes)
         self._ask("ping")
-        return weights
+        return list(buckets)
+
+    def _requests(self, prompts: list[str], what: str, step: int) -> list[GenerationRequest]:
+        seed = self.context.config.seed
+        return [
+            GenerationRequest(prompt, derive_seed(seed, what, step, index))
+            for index, prompt in enumerate(prompts)
+        ]
+
+    @property
+    def _sampling(self) -> SamplingSettings:
+        policy = self.context.config.policy
+        return SamplingSettings(policy.max_new_tokens, policy.temperature, tuple(policy.stop))
 
     def _adopt_learner(self) -> None:
         """Waits for the learner, takes its step count, and brings the log to the same step."""
@@ -235,9 +262,7 @@ class Arm:
             raise ActorLostError(
                 f"arm '{self.config.name}': the learner did not start: {one_line(error)}"
             ) from None
-        self._rows = [row for row in _read_log(self.work / METRICS_LOG) if row["step"] <= self.step]
-        text = "".join(json.dumps(row) + "\n" for row in self._rows)
-        (self.work / METRICS_LOG).write_text(text, encoding="utf-8")
+        self._record.go_back(self.step)
 
     def _restore_learner(self, cause: str) -> None:
         """A fresh learner at the last checkpoint, and its weights in the rollout workers; within the budget."""
@@ -251,6 +276,7 @@ class Arm:
                 f"policy.max_restarts is {budget}; the same command resumes from the last checkpoint"
             )
         self._restarts += 1
+        self.ahead.drop()
         self.context.reporter.line(
             f"  arm {self.config.name}: learner lost ({cause}); going back to its last checkpoint"
         )
@@ -258,50 +284,3 @@ class Arm:
         self._adopt_learner()
         with suppress(LearnerWentBack):  # lost once more: the inner call has restored everything
             self._rollouts.load_weights(self._new_weights(), self.step)
-
-    def _observations(self, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
-        """What is logged beside the update: scores per principle, and on the test-bed the truth."""
-        values = {"reward_std": float(scored.reward_B.std())}
-        for index, name in enumerate(self._all_principles.principles):
-            values[f"raw_{name}"] = float(np.nanmean(scored.raw_BK[:, index]))
-            values[f"norm_{name}"] = float(np.nanmean(scored.normalised_BK[:, index]))
-        if self.context.config.on_testbed:
-            from morlaif_ray.testbed import human_utility, read_response
-
-            texts = list(zip(batch.prompts, batch.responses, strict=True))
-            values["oracle_utility"] = float(np.mean([human_utility(*text) for text in texts]))
-            values["well_formed_share"] = float(
-                np.mean([read_response(*t).well_formed for t in texts])
-            )
-        return values
-
-    def _summary(self) -> dict[str, Any]:
-        reference = read_table(self.context.path("3_preference_models", "scores_reference.parquet"))
-        names = [self.panel.columns[index].name for index in self._reward_columns]
-        sft_reward = self.reward(np.array([reference[name] for name in names]).T).reward_B
-        last = self._rows[-max(5, len(self._rows) // 10) :]
-        final = float(np.mean([row["reward_mean"] for row in last]))
-        mean, std = float(sft_reward.mean()), float(sft_reward.std(ddof=1))
-        return {
-            "arm": self.config.name,
-            "scalarizer": self.config.scalarizer,
-            "baseline": self.config.baseline,
-            "num_steps": self.num_steps,
-            "num_samples": self.num_steps * self.context.config.policy.batch_size,
-            "sft_reward_mean": mean,
-            "sft_reward_std": std,
-            "final_reward_mean": final,
-            "reward_gain_sd": (final - mean) / std,
-            "final_kl": float(np.mean([row["kl_mean"] for row in last])),
-        }
-
-
-def _read_log(path: Path) -> list[dict[str, float]]:
-    """Rows of the log; a half-written last line is dropped, its step will be run again."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows

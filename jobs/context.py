@@ -12,7 +12,7 @@ import yaml
 from jobs.progress import Reporter
 from morlaif_ray.artifacts import MANIFEST, STAGES, StageFolder, explain_os_errors
 from morlaif_ray.config import Config
-from morlaif_ray.config.root import OPERATIONAL_SECTIONS
+from morlaif_ray.config.root import OPERATIONAL_KEYS, OPERATIONAL_SECTIONS
 from morlaif_ray.errors import ArtifactError
 
 CONFIG_FILE = "config.yaml"
@@ -34,7 +34,7 @@ class JobContext:
         extra: Mapping[str, Any] | None = None,
     ) -> StageFolder:
         """The stage `name`, which depends on these config sections and on these published stages."""
-        plain = self.config.model_dump(mode="json")
+        plain = self.config.result_part()
         part: dict[str, Any] = {section: plain[section] for section in sections}
         part.update(extra or {})
         upstream = {
@@ -108,11 +108,13 @@ def _check_same_config(path: Path, config: Config, accept: bool, reporter: Repor
 
 
 def config_differences(known: Any, wanted: Any, prefix: str = "") -> list[str]:
-    """`key: old -> new` for every differing leaf; operational sections never count."""
+    """`key: old -> new` for every differing leaf; operational sections and keys never count."""
     if isinstance(known, dict) and isinstance(wanted, dict):
         found: list[str] = []
         for key in [*wanted, *(key for key in known if key not in wanted)]:
             if not prefix and key in OPERATIONAL_SECTIONS:
+                continue
+            if f"{prefix}{key}" in OPERATIONAL_KEYS:
                 continue
             found += config_differences(known.get(key), wanted.get(key), f"{prefix}{key}.")
         return found

@@ -8,27 +8,35 @@ import numpy as np
 
 from jobs.context import JobContext
 from morlaif_ray.artifacts import read_records
+from morlaif_ray.errors import DataError
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import Prompt
 
 
 class PromptSchedule:
-    """Prompts of split `policy`; every epoch is a fresh seeded order, and a step takes the next `batch_size`."""
+    """Prompts of split `policy`; every epoch is a fresh seeded order, and a step takes the next ones.
+
+    A step has `batch_size` rows: each prompt stands `samples_per_prompt` times in a row.
+    """
 
     def __init__(self, context: JobContext) -> None:
         prompts = read_records(context.path("0_sft", "prompts.parquet"), Prompt)
-        self._prompts = [prompt.text for prompt in prompts if prompt.split == "policy"]
-        self._batch_size = context.config.policy.batch_size
+        self.prompts = [prompt.text for prompt in prompts if prompt.split == "policy"]
+        if not self.prompts:
+            raise DataError("no prompt in the split policy; raise data.splits.policy")
+        policy = context.config.policy
+        self._repeats = policy.samples_per_prompt
+        self._num = policy.batch_size // policy.samples_per_prompt
         self._seed = context.config.seed
 
     def prompts_of(self, step: int) -> list[str]:
         """The prompts of one step, `batch_size` of them."""
-        chosen = []
-        for position in range(step * self._batch_size, (step + 1) * self._batch_size):
-            epoch, place = divmod(position, len(self._prompts))
-            chosen.append(self._prompts[int(self._order(epoch)[place])])
+        chosen: list[str] = []
+        for position in range(step * self._num, (step + 1) * self._num):
+            epoch, place = divmod(position, len(self.prompts))
+            chosen += [self.prompts[int(self._order(epoch)[place])]] * self._repeats
         return chosen
 
     def _order(self, epoch: int) -> np.ndarray[Any, Any]:
         seed = derive_seed(self._seed, "policy prompts", epoch)
-        return np.random.default_rng(seed).permutation(len(self._prompts))
+        return np.random.default_rng(seed).permutation(len(self.prompts))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.engines import engine_extra
 from jobs.context import JobContext
 from jobs.train_sft import sft_model_path
 from morlaif_ray.artifacts import read_json, read_records, write_json, write_records, write_table
@@ -25,7 +26,7 @@ def run(context: JobContext) -> None:
         STAGE,
         sections=["pairs"],
         inputs=["0_sft"],
-        extra={"stop": list(context.config.policy.stop)},
+        extra={"stop": list(context.config.policy.stop), **engine_extra(context.config)},
     )
     if stage.is_current():
         context.reporter.skipped(STAGE)

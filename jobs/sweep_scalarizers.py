@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from actors.engines import engine_extra
 from jobs.context import JobContext
 from jobs.progress import Reporter, Task
 from morlaif_ray.artifacts import read_json, write_csv, write_json
@@ -49,6 +50,7 @@ def run(context: JobContext) -> None:
         STAGE,
         sections=["reward", "sweep", *(["policy"] if online else [])],
         inputs=["3_preference_models", "4_reward", *(["0_sft"] if online else [])],
+        extra=engine_extra(context.config) if online else None,
     )
     if stage.is_current():
         context.reporter.skipped(STAGE)

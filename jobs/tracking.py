@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,19 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def log_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None: ...
+
     def close(self) -> None: ...
 
 
 class NoTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None: ...
 
     def close(self) -> None: ...
 
@@ -39,6 +48,11 @@ class TensorBoardTracker:
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
 
+    def log_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        self._writer.add_text(name, markdown_table(columns, rows), step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -55,6 +69,12 @@ class WandbTracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def log_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        table = _optional("wandb").Table(columns=list(columns), data=[list(row) for row in rows])
+        self._run.log({name: table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -74,6 +94,12 @@ class MlflowTracker:
             if math.isfinite(value):
                 self._client.log_metric(self._run.info.run_id, name, value, step=step)
 
+    def log_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        text = markdown_table(columns, rows)
+        self._client.log_text(self._run.info.run_id, text, f"{name}/{step}.md")
+
     def close(self) -> None:
         self._client.set_terminated(self._run.info.run_id)
 
@@ -88,6 +114,16 @@ def open_tracker(config: Config, run_dir: Path, training: str) -> Tracker:
     if kind == "mlflow":
         return MlflowTracker(config.tracking.project, training, config)
     return NoTracker()
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose cells hold any text: what would end a cell or a row, or be read as HTML, is escaped."""
+
+    def cell(text: str) -> str:
+        return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
+
+    lines = [columns, ["---"] * len(columns), *([cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _optional(name: str) -> Any:

@@ -2,17 +2,21 @@
 
     prompts -> rollout workers -> panel -> reward -> learner -> weights back to the rollout workers
 
-`run_arm` is that loop. Everything random in it is a function of (seed, step, index), and the learner's checkpoint holds
-the rest, so a run that stops, or loses a learner, ends with the same bits as one that does not.
+`run_arm` is that loop; with `policy.staleness: 1` the next step's responses are sampled beside the update.
+Everything random in it is a function of (seed, step, index), and the learner's checkpoint (with the batch in flight)
+holds the rest, so a run that stops, or loses a learner, ends with the same bits as one that does not.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
+import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
+from actors.engines import check_engine, engine_extra
 from jobs.arm import Arm, ArmStopped, LearnerWentBack
+from jobs.checks import check_policy_prompts, remote_address
 from jobs.context import JobContext
 from jobs.progress import Task
 from jobs.tracking import PrometheusGauges, open_tracker
@@ -28,11 +32,13 @@ def run(context: JobContext) -> None:
         STAGE,
         sections=["policy", "reward"],
         inputs=["0_sft", "1_pairs", "3_preference_models", "4_reward"],
+        extra=engine_extra(context.config),
     )
     if stage.is_current():
         context.reporter.skipped(STAGE)
         return
     check_supported(context)
+    check_policy_prompts(context)
     work = stage.resumable_work_dir()
     context.connect()
     from actors.preference_panel import PreferencePanel, panel_columns
@@ -68,6 +74,7 @@ def run(context: JobContext) -> None:
 def check_supported(context: JobContext) -> None:
     """What this version cannot do ends here, before a model loads."""
     policy = context.config.policy
+    check_engine(context.config, here=remote_address(context.config) is None)
     if policy.rollout_gpus_per_worker > 1 or policy.learner_gpus_per_rank > 1:
         raise ConfigError(
             "policy.rollout_gpus_per_worker and policy.learner_gpus_per_rank are at most 1 in this version: a process "
@@ -78,6 +85,7 @@ def check_supported(context: JobContext) -> None:
 def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Event) -> None:
     """Trains one policy, from its checkpoint where there is one, and leaves model, metrics and summary."""
     tracker = open_tracker(arm.context.config, arm.context.run_dir, f"5_policy/{arm.config.name}")
+    policy = arm.context.config.policy
     step = arm.start()
     task.advance(step)
     while True:
@@ -88,20 +96,28 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
             if step >= arm.num_steps:
                 arm.finish()
                 break
-            batch = arm.generate(step)
-            scored = arm.score(batch)
+            started = time.monotonic()
+            if policy.parity_every and step % policy.parity_every == 0:
+                arm.check_parity(step)
+            batch, scored = arm.ahead.take(step)
+            if step + 1 < arm.num_steps:
+                arm.ahead.begin(step + 1)
             metrics = arm.update(step, batch, scored)
+            arm.await_rollouts(step - batch.policy_version)
             arm.refresh(step + 1)
+            arm.measure(time.monotonic() - started)
             arm.record(step + 1, metrics)
             step += 1
-            shown = {**metrics, **arm.seconds}
+            shown = {**metrics, **arm.seconds, **arm.gauges}
             tracker.log(step, shown)
+            if policy.samples_every and step % policy.samples_every == 0:
+                tracker.log_table(step, "samples", *arm.sample_table(batch, scored))
             gauges.log(arm.config.name, shown)
             task.note(
                 f"{arm.config.name}: reward {metrics['reward_mean']:+.2f}, KL {metrics['kl_mean']:.1f}"
             )
             task.advance(1)
-            if step % arm.context.config.policy.checkpoint_every == 0 and step < arm.num_steps:
+            if step % policy.checkpoint_every == 0 and step < arm.num_steps:
                 arm.checkpoint()
         except LearnerWentBack:
             task.advance(arm.step - step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,3 +23,15 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    operational: ClassVar[frozenset[str]] = frozenset()
+    """Keys that change no result: another value makes no stage stale."""
+
+    def result_part(self) -> dict[str, Any]:
+        """The section as plain JSON values, without what changes no result."""
+        plain = self.model_dump(mode="json", exclude=set(self.operational))
+        for name in plain:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                plain[name] = value.result_part()
+        return plain

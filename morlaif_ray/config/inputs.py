@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -124,6 +124,8 @@ class LoraConfig(Section):
 
 class SftConfig(Section):
     """Supervised fine-tuning of the target model (TRL `SFTTrainer` inside Ray Train)."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
 
     enabled: bool = True
     """False: the target model is taken as it is."""

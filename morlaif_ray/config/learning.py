@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,6 +42,10 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class PreferenceConfig(Section):
     """One preference model per principle, and the single-objective baselines on the same pairs."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"concurrent_trials", "cpus_per_trial", "max_failures"}
+    )
 
     topology: Literal["separate", "shared_trunk", "late_branching", "adapters"] = "separate"
     """separate: K models (the paper); shared_trunk: one trunk with K heads; late_branching: one trunk whose last
@@ -205,8 +209,35 @@ class ArmConfig(Section):
         return self
 
 
+class VllmConfig(Section):
+    """Memory and speed of a vLLM engine (`policy.engine: vllm`)."""
+
+    max_num_seqs: PositiveInt = 64
+    """Responses that one engine samples at the same time."""
+    kv_cache_mb: PositiveInt | None = None
+    """Keys and values of sequences in flight; None: 256 on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    """Share of a GPU's memory that the engine takes; counts where `kv_cache_mb` is not set."""
+    enforce_eager: bool = True
+    """True: starts in seconds; False: compiles and captures graphs first, then samples faster."""
+
+
 class PolicyConfig(Section):
     """PPO (Schulman et al. 2017; ALGORITHMS.md section 5). Defaults are the paper's."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {
+            "concurrent_arms",
+            "weight_bucket_mb",
+            "parity_every",
+            "parity_threshold",
+            "samples_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_restarts",
+            "call_timeout_s",
+        }
+    )
 
     arms: list[ArmConfig] = [
         ArmConfig(name="linear", scalarizer="linear"),
@@ -265,8 +296,22 @@ class PolicyConfig(Section):
     truncation_penalty: NonNegativeFloat = 0.0
     """Subtracted from the scalar reward of a response without EOS, in units of the reward."""
     lora: LoraConfig | None = None
-    engine: Literal["transformers"] = "transformers"
-    """The generation engine of the rollout workers."""
+    engine: Literal["transformers", "vllm", "auto"] = "transformers"
+    """The generation engine of the rollout workers; auto: vLLM where the driver finds it installed."""
+    vllm: VllmConfig = VllmConfig()
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: the next step's responses are sampled, with the weights at hand, while the learner works on this one."""
+    rollout_chunk: PositiveInt | None = None
+    """Responses that are sampled and then scored together, while others are still sampled; None: the whole batch is
+    split evenly over the workers and scored at once."""
+    weight_bucket_mb: PositiveInt = 256
+    """Largest piece in which new weights travel to the rollout workers."""
+    parity_every: NonNegativeInt = 50
+    """Steps between comparisons of the engine's and the learner's log-probabilities, from step 0 on; 0: none."""
+    parity_threshold: PositiveFloat = 0.5
+    """Largest difference of a token's log-probabilities (nats) that passes without an alarm."""
+    samples_every: NonNegativeInt = 25
+    """Steps between tables of sample responses in the tracker; 0: none."""
     num_rollout_workers: PositiveInt = 1
     rollout_gpus_per_worker: NonNegativeFloat = 0.0
     learner_ranks: PositiveInt = 1
@@ -345,6 +390,8 @@ class PolicyConfig(Section):
 
 class SweepConfig(Section):
     """Ray Tune over scalarizers and weights."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"concurrent_trials"})
 
     enabled: bool = True
     """Whether `morlaif run` includes the sweep."""

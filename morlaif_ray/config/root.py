@@ -104,8 +104,21 @@ class Config(Section):
 
     def result_sections(self) -> dict[str, Any]:
         """All sections that can change a result, as plain JSON values."""
-        plain = self.model_dump(mode="json")
+        plain = self.result_part()
         return {key: value for key, value in plain.items() if key not in OPERATIONAL_SECTIONS}
 
 
-__all__ = ["OPERATIONAL_SECTIONS", "Config", "FileSource", "HubSource"]
+def _operational_keys() -> frozenset[str]:
+    sections = {name: info.annotation for name, info in Config.model_fields.items()}
+    return frozenset(
+        f"{name}.{key}"
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, Section)
+        for key in section.operational
+    )
+
+
+OPERATIONAL_KEYS = _operational_keys()
+"""Keys within other sections that change no result, e.g. `policy.call_timeout_s`."""
+
+__all__ = ["OPERATIONAL_KEYS", "OPERATIONAL_SECTIONS", "Config", "FileSource", "HubSource"]

@@ -1,4 +1,4 @@
-"""Sampling responses. `GenerationEngine` is the protocol; `TransformersEngine` runs anywhere.
+"""Sampling responses. `GenerationEngine` is the protocol; `TransformersEngine` runs anywhere (vLLM: `vllm_engine`).
 
 Every request carries its own seed and draws one uniform number per token (inverse-CDF sampling), so a response does not
 depend on the batch it was generated in, on the worker, or on how often a lost batch was repeated.
@@ -50,6 +50,8 @@ class GenerationEngine(Protocol):
 
     def load_weights(self, weights: Mapping[str, np.ndarray[Any, Any]], version: int) -> None: ...
 
+    def load_model(self, path: str) -> None: ...
+
 
 class TransformersEngine:
     """Batched sampling with a key-value cache; finished rows leave the batch."""
@@ -75,21 +77,21 @@ class TransformersEngine:
             parameters[name].copy_(torch.from_numpy(np.array(array)))
         self.policy_version = version
 
+    def load_model(self, path: str) -> None:
+        """Replaces model and tokenizer by those of another folder; the version is 0 again."""
+        old = next(self.model.parameters())
+        dtype = str(old.dtype).removeprefix("torch.")
+        self.model = load_causal_lm(path, dtype=dtype).to(old.device).eval()
+        self.tokenizer = load_tokenizer(path)
+        self.policy_version = 0
+
     @torch.no_grad()
     def generate(
         self, requests: Sequence[GenerationRequest], settings: SamplingSettings
     ) -> RolloutBatch:
         """Samples one response per request; order kept."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
-        prompt_limit = min(settings.max_prompt_tokens, limit - settings.max_new_tokens)
-        if prompt_limit < 1:
-            raise ConfigError(
-                f"{settings.max_new_tokens} new tokens leave no room for a prompt within the model's "
-                f"{limit} positions; lower max_new_tokens"
-            )
-        prompts = [
-            encode_prompt(self.tokenizer, request.prompt, prompt_limit) for request in requests
-        ]
+        prompts = encode_requests(self.tokenizer, requests, settings, limit)
         uniforms = np.stack(
             [
                 np.random.default_rng(derive_seed("sample", request.seed)).random(
@@ -99,7 +101,9 @@ class TransformersEngine:
             ]
         )
         tokens, logprobs = self._sample(prompts, torch.from_numpy(uniforms), settings)
-        return self._assemble(requests, prompts, tokens, logprobs, settings)
+        return assemble_batch(
+            self.tokenizer, requests, prompts, tokens, logprobs, settings, self.policy_version
+        )
 
     def _sample(
         self, prompts: list[list[int]], uniforms_BT: Tensor, settings: SamplingSettings
@@ -166,42 +170,58 @@ class TransformersEngine:
         text = self.tokenizer.decode(row[-16:], skip_special_tokens=True)
         return any(mark in text for mark in settings.stop_marks)
 
-    def _assemble(
-        self,
-        requests: Sequence[GenerationRequest],
-        prompts: list[list[int]],
-        tokens: list[list[int]],
-        logprobs: list[list[float]],
-        settings: SamplingSettings,
-    ) -> RolloutBatch:
-        num = len(requests)
-        prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)
-        lengths = np.array([len(row) for row in tokens], dtype=np.int64)
-        sequence = np.full(
-            (num, int((prompt_lengths + lengths).max())), self.tokenizer.pad_token_id, np.int64
+
+def encode_requests(
+    tokenizer: Any, requests: Sequence[GenerationRequest], settings: SamplingSettings, limit: int
+) -> list[list[int]]:
+    """Prompt tokens of each request, cut from the left so that prompt and response fit `limit` positions."""
+    prompt_limit = min(settings.max_prompt_tokens, limit - settings.max_new_tokens)
+    if prompt_limit < 1:
+        raise ConfigError(
+            f"{settings.max_new_tokens} new tokens leave no room for a prompt within the model's "
+            f"{limit} positions; lower max_new_tokens"
         )
-        logprobs_BT = np.zeros((num, int(lengths.max())), dtype=np.float32)
-        responses, truncated = [], np.zeros(num, dtype=np.bool_)
-        for row in range(num):
-            ids = prompts[row] + tokens[row]
-            sequence[row, : len(ids)] = ids
-            logprobs_BT[row, : len(tokens[row])] = logprobs[row]
-            text = self.tokenizer.decode(tokens[row], skip_special_tokens=True)
-            stopped = [text.index(mark) for mark in settings.stop_marks if mark in text]
-            if stopped:
-                text = text[: min(stopped)].rstrip()
-            truncated[row] = not stopped and tokens[row][-1] != self.tokenizer.eos_token_id
-            responses.append(with_leading_space(text))
-        return RolloutBatch(
-            prompts=tuple(request.prompt for request in requests),
-            responses=tuple(responses),
-            tokens_BL=sequence,
-            prompt_lengths_B=prompt_lengths,
-            response_lengths_B=lengths,
-            logprobs_BT=logprobs_BT,
-            truncated_B=truncated,
-            policy_version=self.policy_version,
-        )
+    return [encode_prompt(tokenizer, request.prompt, prompt_limit) for request in requests]
+
+
+def assemble_batch(
+    tokenizer: Any,
+    requests: Sequence[GenerationRequest],
+    prompts: list[list[int]],
+    tokens: list[list[int]],
+    logprobs: list[list[float]],
+    settings: SamplingSettings,
+    policy_version: int,
+) -> RolloutBatch:
+    """What an engine sampled as one batch; text ends before EOS or a stop string, tokens hold both."""
+    num = len(requests)
+    prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)
+    lengths = np.array([len(row) for row in tokens], dtype=np.int64)
+    sequence = np.full(
+        (num, int((prompt_lengths + lengths).max())), tokenizer.pad_token_id, np.int64
+    )
+    logprobs_BT = np.zeros((num, int(lengths.max())), dtype=np.float32)
+    responses, truncated = [], np.zeros(num, dtype=np.bool_)
+    for row in range(num):
+        ids = prompts[row] + tokens[row]
+        sequence[row, : len(ids)] = ids
+        logprobs_BT[row, : len(tokens[row])] = logprobs[row]
+        text = tokenizer.decode(tokens[row], skip_special_tokens=True)
+        stopped = [text.index(mark) for mark in settings.stop_marks if mark in text]
+        if stopped:
+            text = text[: min(stopped)].rstrip()
+        truncated[row] = not stopped and tokens[row][-1] != tokenizer.eos_token_id
+        responses.append(with_leading_space(text))
+    return RolloutBatch(
+        prompts=tuple(request.prompt for request in requests),
+        responses=tuple(responses),
+        tokens_BL=sequence,
+        prompt_lengths_B=prompt_lengths,
+        response_lengths_B=lengths,
+        logprobs_BT=logprobs_BT,
+        truncated_B=truncated,
+        policy_version=policy_version,
+    )
 
 
 def _choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -245,7 +245,7 @@ def test_a_rollout_worker_killed_after_a_refresh_rejoins_with_the_current_weight
     pool: RolloutPool, finished_run: FinishedRun
 ) -> None:
     at_first = pool.generate(requests(8), SAMPLING)
-    pool.load_weights(rollout_pool.weights_reference(other_weights(finished_run)), 5)
+    pool.load_weights(rollout_pool.weights_reference(other_weights(finished_run), 5), 5)
     expected = pool.generate(requests(8), SAMPLING)
     kill(pool._workers[0].handle)
     again = pool.generate(requests(8), SAMPLING)

