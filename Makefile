@@ -5,6 +5,7 @@
 #   make test      all tests (those that need a GPU, vLLM or Chromium say so and skip where it is absent)
 #   make check     ruff, format, mypy, import contracts, size limits
 #   make bench     the figures of the demo, measured
+#   make bench-peers   .venv-peers with trl 1.12, for `python -m benchmarks.ppo`; PEERS=<folder> puts it elsewhere
 #
 # TORCH_INDEX=<PyTorch's CPU index> avoids the CUDA build of torch where pip would choose that (see README).
 
@@ -13,12 +14,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
+PEERS ?= .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench
+.PHONY: help install demo test check bench bench-peers
 
 help:
-	@sed -n '2,10s/^# \{0,1\}//p' Makefile
+	@sed -n '2,11s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
@@ -47,3 +49,12 @@ check: install
 
 bench: install
 	$(PY) -m benchmarks.demo
+
+# trl 1.12 is the last release with a PPOTrainer; .venv holds 1.16, which has none.
+bench-peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: benchmarks/peers/requirements.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers/requirements.txt
+	@touch $@
