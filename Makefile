@@ -1,4 +1,5 @@
-# `make demo` and `make test` do all the set-up. Needs python3 (3.11 to 3.13) and make; nothing is installed outside .venv.
+# `make demo` and `make test` do all the set-up. Needs python3 (3.11 to 3.13) and make; nothing is installed outside .venv
+# (bench-peers: .venv-peers).
 #
 #   make install   .venv with the pinned set (again only when pyproject.toml or requirements/ change)
 #   make demo      the whole method in runs/demo, ending with the report's path
@@ -20,7 +21,7 @@ PEERS ?= .venv-peers
 .PHONY: help install demo test check bench bench-peers
 
 help:
-	@sed -n '2,11s/^# \{0,1\}//p' Makefile
+	@sed -n '2,12s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 

@@ -104,7 +104,8 @@ class OurSide:
         }
         # One step off, phases lie beside one another and there is no rest to speak of.
         phases["rest"] = max(0.0, seconds - sum(phases.values()))
-        row = self.arm._rows[-1]
+        log = self.arm.work / "metrics.jsonl"
+        row = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
         tokens = row["response_length_mean"] * self.arm.context.config.policy.batch_size
         if not warm_up:
             self.measured.add({"seconds": seconds, "phases": phases, "response_tokens": tokens})
