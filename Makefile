@@ -21,7 +21,7 @@ PEERS ?= .venv-peers
 .PHONY: help install demo test check bench bench-peers
 
 help:
-	@sed -n '2,12s/^# \{0,1\}//p' Makefile
+	@sed -n '3,12s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 

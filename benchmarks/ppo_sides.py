@@ -209,13 +209,15 @@ class PeerSide:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def step(self, *, warm_up: bool = False) -> None:
+    def step(self, *, warm_up: bool = False) -> dict[str, Any]:
+        """One PPO step; the peer's answer, which also holds its reward and KL."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         answer = self._read()
         if not warm_up:
             self.measured.add(answer)
+        return answer
 
     def peak_gb(self) -> float:
         return psutil.Process(self._process.pid).memory_info().rss / 2**30

@@ -36,9 +36,10 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 class Panel(nn.Module):
     """K preference models as one trunk: its "hidden state" is the K scores of every position, [B, L, K]."""
 
-    def __init__(self, models: list[Any]) -> None:
+    def __init__(self, models: list[Any], columns_K: Tensor) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
+        self.register_buffer("columns_K", columns_K)
 
     def forward(self, **inputs: Any) -> Any:
         inputs["output_hidden_states"] = False
@@ -46,7 +47,8 @@ class Panel(nn.Module):
             model.score(getattr(model, model.base_model_prefix)(**inputs).last_hidden_state)
             for model in self.models
         ]
-        return _Output((torch.cat(scores, dim=-1).float(),))
+        heads_BLH = torch.cat(scores, dim=-1).float()
+        return _Output((heads_BLH.index_select(-1, self.columns_K),))
 
 
 class _Output:
@@ -59,9 +61,9 @@ class PanelReward(nn.Module):
 
     base_model_prefix = "panel"
 
-    def __init__(self, models: list[Any], mean_K: Tensor, std_K: Tensor, weights_K: Tensor) -> None:
+    def __init__(self, panel: Panel, mean_K: Tensor, std_K: Tensor, weights_K: Tensor) -> None:
         super().__init__()
-        self.panel = Panel(models)
+        self.panel = panel
         self.register_buffer("mean_K", mean_K)
         self.register_buffer("std_K", std_K)
         self.register_buffer("weights_K", weights_K)
@@ -196,8 +198,9 @@ def trainer_config(settings: dict[str, Any]) -> Any:
     return PPOConfig(
         output_dir=settings["output_dir"],
         per_device_train_batch_size=micro,
+        # Of the whole batch; `num_mini_batches` then divides it into optimizer steps.
         gradient_accumulation_steps=settings["batch_size"] // micro,
-        num_mini_batches=1,
+        num_mini_batches=settings.get("num_minibatches", 1),
         num_ppo_epochs=settings["num_epochs"],
         total_episodes=settings["batch_size"] * settings["max_steps"],
         local_rollout_forward_batch_size=settings["rollout_batch_size"],
@@ -230,16 +233,23 @@ def load_panel(workload: Path, dtype: torch.dtype) -> PanelReward:
         for f in folders
     ]
 
+    first_head = {}
+    num_heads = 0
+    for folder, model in zip(folders, models, strict=True):
+        first_head[folder] = num_heads
+        num_heads += model.config.num_labels
+    places = [first_head[card["models"][n]["folder"]] + card["models"][n]["head"] for n in names]
+
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32)
 
-    panel = PanelReward(
-        models,
+    reward = PanelReward(
+        Panel(models, torch.tensor(places)),
         column([weights["normaliser"][name]["mean"] for name in names]),
         column([weights["normaliser"][name]["std"] for name in names]),
         column([weights["weights"][name]["weight"] for name in names]),
     )
-    return panel.eval().requires_grad_(False)
+    return reward.eval().requires_grad_(False)
 
 
 def _adapters(rank: int | None) -> Any:
