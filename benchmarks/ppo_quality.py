@@ -122,7 +122,7 @@ def _config(source: Path, seed: int, steps: int, changes: dict[str, Any]) -> Con
         "scale_reward": False,
         "reward_clip": 1e6,
         "warmup_steps": 0,
-        "num_steps": steps,
+        "num_steps": steps + 1,
         "checkpoint_every": 1_000_000,
         **known,
     }
@@ -139,7 +139,7 @@ def our_curve(workload: Workload, steps: int) -> Curve:
     """Reward and KL of every step, from the arm's own log."""
     side = OurSide(workload)
     try:
-        for _ in range(steps - 1):
+        for _ in range(steps):
             side.step()
         log = side.arm.work / "metrics.jsonl"
         rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -153,13 +153,13 @@ def peer_curve(workload: Workload, options: argparse.Namespace, seed: int) -> Cu
         **SETTINGS,
         **SHARED,
         "max_new_tokens": workload.config.policy.max_new_tokens,
-        "max_steps": options.steps,
+        "max_steps": options.steps + 1,
         "seed": seed,
     }
     side = PeerSide(options.peers.absolute() / "bin" / "python", workload, settings)
     curve: Curve = []
     try:
-        for _ in range(options.steps - 1):
+        for _ in range(options.steps):
             answer = side.step()
             curve.append((float(answer["kl"]), float(answer["reward"])))
     finally:

@@ -72,6 +72,7 @@ class OurSide:
         work = context.path("work", "5_policy", "ours")
         self.arm = Arm(context, context.config.policy.arms[0], work, self._panel)
         self._failure: BaseException | None = None
+        self._ended = False
         self._stop = threading.Event()
 
         def train() -> None:
@@ -80,6 +81,7 @@ class OurSide:
             except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
                 self._failure = error
             finally:
+                self._ended = True
                 self._gate.fail()
 
         self._thread = threading.Thread(target=train, daemon=True)
@@ -90,6 +92,8 @@ class OurSide:
     def _check(self) -> None:
         if self._failure is not None:
             raise RuntimeError(f"our side ended: {self._failure}") from self._failure
+        if self._ended:
+            raise RuntimeError("our side ended: policy.num_steps is reached")
 
     def step(self, *, warm_up: bool = False) -> None:
         started = time.perf_counter()

@@ -189,6 +189,8 @@ def _config(folder: Path, dtype: str, topology: str, policy: dict[str, Any]) -> 
             "arms": [{"name": "ours", "scalarizer": "linear"}],
             "separate_critic": True,
             "adaptive_kl": False,
+            # The benchmark ends the loop, not the loop itself.
+            "num_steps": 1_000_000,
             "checkpoint_every": 1_000_000,
             "max_restarts": 0,
             "call_timeout_s": 3600.0,

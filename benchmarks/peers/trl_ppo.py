@@ -105,7 +105,7 @@ class PhaseTimers:
         module.batch_generation = self.wrap(module.batch_generation, lambda *_: "generate")
         module.forward = self.wrap(
             module.forward,
-            lambda *_: "update_forward" if torch.is_grad_enabled() else "reference",
+            lambda *_: "(update: forward)" if torch.is_grad_enabled() else "reference",
         )
         module.get_reward = self.wrap(
             module.get_reward, lambda model, *_: "value" if model is value_model else "score"
