@@ -33,10 +33,10 @@ AFTER = (STAGE, "6_evaluation")
 VICTIMS = {
     "rollout worker": "ray::RolloutWorker",
     "preference model": "ray::PreferenceModelActor",
-    "learner": "ray::PPOLearnerActor",
+    "learner": "ray::PPOLearner",
     "driver": None,
 }
-"""Whom to kill -> how Ray names its process."""
+"""Whom to kill -> how Ray begins the name of its process."""
 LONGEST_DELAY_S = 1.0
 FIND_TIMEOUT_S = 60.0
 RUN_TIMEOUT_S = 900.0

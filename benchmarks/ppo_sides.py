@@ -22,6 +22,8 @@ from benchmarks.ppo_workload import SETTINGS, Workload
 
 ROOT = Path(__file__).parents[1]
 STEP_TIMEOUT_S = 3600.0
+LEARNER_PROCESS = "ray::PPOLearner"
+"""How Ray begins the names of the learner's processes."""
 NOT_A_PHASE = ("seconds_step", "seconds_wait_rollouts")
 """Sums over phases, and waits for one."""
 
@@ -115,13 +117,14 @@ class OurSide:
             self.measured.add({"seconds": seconds, "phases": phases, "response_tokens": tokens})
 
     def learner_peak_gb(self) -> float:
-        """Highest resident memory of the learner's process (Linux: VmHWM)."""
-        import ray
-
-        pid = ray.get(self.arm._learner.__ray_call__.remote(lambda _: os.getpid()), timeout=60.0)
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024 / 2**30
+        """Highest resident memory of a learner's process so far (Linux: VmHWM)."""
+        peaks = []
+        for process in psutil.Process().children(recursive=True):
+            if " ".join(process.cmdline()).startswith(LEARNER_PROCESS):
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+                peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+                peaks.append(int(peak.split()[1]) * 1024 / 2**30)
+        return max(peaks)
 
     def close(self) -> None:
         from actors.session import disconnect
