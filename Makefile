@@ -1,4 +1,5 @@
-# `make demo` and `make test` do all the set-up. Needs python3 (3.11 to 3.13) and make; nothing is installed outside .venv.
+# `make demo` and `make test` do all the set-up. Needs python3 (3.11 to 3.13) and make; nothing is installed outside .venv
+# (bench-peers: .venv-peers).
 #
 #   make install   .venv with the pinned set (again only when pyproject.toml or requirements/ change)
 #   make demo      the whole method in runs/demo, ending with the report's path
@@ -6,6 +7,7 @@
 #   make test-vllm the tests that need vLLM; installs its CPU build into .venv first (1.5 GB more)
 #   make check     ruff, format, mypy, import contracts, size limits
 #   make bench     the figures of the demo, measured
+#   make bench-peers   .venv-peers with trl 1.12, for `python -m benchmarks.ppo`; PEERS=<folder> puts it elsewhere
 #
 # TORCH_INDEX=<PyTorch's CPU index> avoids the CUDA build of torch where pip would choose that (see README).
 
@@ -14,12 +16,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
+PEERS ?= .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm check bench
+.PHONY: help install demo test test-vllm check bench bench-peers
 
 help:
-	@sed -n '2,11s/^# \{0,1\}//p' Makefile
+	@sed -n '3,13s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
@@ -56,3 +59,12 @@ check: install
 
 bench: install
 	$(PY) -m benchmarks.demo
+
+# trl 1.12 is the last release with a PPOTrainer; .venv holds 1.16, which has none.
+bench-peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: benchmarks/peers/requirements.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers/requirements.txt
+	@touch $@

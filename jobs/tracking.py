@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jobs.metric_names import DESCRIPTIONS
 from morlaif_ray.config import Config
 from morlaif_ray.errors import ConfigError
 
@@ -154,7 +155,7 @@ class PrometheusGauges:
                 if name not in self._gauges:
                     self._gauges[name] = Gauge(
                         f"morlaif_{name}",
-                        description=f"morlaif policy training: {name}",
+                        description=f"morlaif policy training: {DESCRIPTIONS.get(name, name)}",
                         tag_keys=("arm",),
                     )
                 self._gauges[name].set(value, tags={"arm": arm})
