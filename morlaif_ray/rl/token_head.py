@@ -67,8 +67,7 @@ class _HeadLogprobs(torch.autograd.Function):
         entropies = torch.zeros_like(logprobs)
         logsoft: Tensor | None = None
         for part in _chunks(len(tokens_N), how):
-            logits = _logits(states_ND[part], weight_VD, bias_V, how)
-            logsoft = torch.log_softmax(logits, dim=-1)
+            logsoft = torch.log_softmax(_logits(states_ND[part], weight_VD, bias_V, how), dim=-1)
             logprobs[part] = logsoft.gather(1, tokens_N[part].unsqueeze(1)).squeeze(1)
             if with_entropies:
                 entropies[part] = -(logsoft.exp().mul_(logsoft)).sum(dim=1)
