@@ -43,7 +43,7 @@ def head_logprobs(
         dtype = torch.get_autocast_dtype(states_ND.device.type)
         states_ND, weight_VD = states_ND.to(dtype), weight_VD.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
-    made: tuple[Tensor, Tensor] = _HeadLogprobs.apply(
+    made: tuple[Tensor, Tensor] = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
         states_ND, weight_VD, bias_V, tokens_N, how, with_entropies, torch.is_grad_enabled()
     )
     return made
@@ -78,7 +78,7 @@ class _HeadLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         states_ND, weight_VD, bias_V, tokens_N, kept = ctx.saved_tensors
         how: HeadSettings = ctx.how
