@@ -33,6 +33,10 @@ JUDGED_GROUPS, JUDGED_LENGTH = 3, 4096
 """A local judge's pass: prompts whose caches lie side by side, tokens of each where max_length says nothing."""
 PROCESS_GB = 0.3
 """A Python process with torch and transformers, before any weight (measured: 260 MB with torch, 450 MB with TRL)."""
+LEARNER_PROCESS_GB = 0.5
+"""The same for the learner (measured: 484 MB)."""
+HOST_ALLOCATOR = 1.05
+"""What the allocator of a learner on a CPU holds beside its tensors (measured: docs/ppo.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,9 @@ def learner_gb(shape: ModelShape, policy: PolicyConfig, max_length: int) -> floa
         + (1 + int(policy.separate_critic)) * activations / GB
         + scored * shape.vocabulary_size * 8 / GB
     )
-    return _with_overhead(held, on_gpu)
+    if on_gpu:
+        return _with_overhead(held, on_gpu)
+    return held * HOST_ALLOCATOR + LEARNER_PROCESS_GB
 
 
 def generation_gb(shape: ModelShape, load: Load, *, shards: int = 1, on_gpu: bool = False) -> float:

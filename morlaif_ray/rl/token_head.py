@@ -43,7 +43,7 @@ def head_logprobs(
         dtype = torch.get_autocast_dtype(states_ND.device.type)
         states_ND, weight_VD = states_ND.to(dtype), weight_VD.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
-    made: tuple[Tensor, Tensor] = _HeadLogprobs.apply(
+    made: tuple[Tensor, Tensor] = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
         states_ND, weight_VD, bias_V, tokens_N, how, with_entropies, torch.is_grad_enabled()
     )
     return made
@@ -67,8 +67,7 @@ class _HeadLogprobs(torch.autograd.Function):
         entropies = torch.zeros_like(logprobs)
         logsoft: Tensor | None = None
         for part in _chunks(len(tokens_N), how):
-            logits = _logits(states_ND[part], weight_VD, bias_V, how)
-            logsoft = torch.log_softmax(logits, dim=-1)
+            logsoft = torch.log_softmax(_logits(states_ND[part], weight_VD, bias_V, how), dim=-1)
             logprobs[part] = logsoft.gather(1, tokens_N[part].unsqueeze(1)).squeeze(1)
             if with_entropies:
                 entropies[part] = -(logsoft.exp().mul_(logsoft)).sum(dim=1)
@@ -79,7 +78,7 @@ class _HeadLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         states_ND, weight_VD, bias_V, tokens_N, kept = ctx.saved_tensors
         how: HeadSettings = ctx.how
