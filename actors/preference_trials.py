@@ -48,7 +48,6 @@ def _read_failure(marker: Path) -> MorlaifError:
 
 
 def _train_one(settings: Mapping[str, Any]) -> None:
-    from morlaif_ray.preference.model import PreferenceModel
     from morlaif_ray.preference.sharding import current_ranks, whole_weights
     from morlaif_ray.preference.training import train_preference_model
 
@@ -62,24 +61,8 @@ def _train_one(settings: Mapping[str, Any]) -> None:
     # One seed for all: the models differ by their labels alone.
     seed = derive_seed(config.seed, "preference")
 
-    def build() -> PreferenceModel:
-        model = PreferenceModel.from_backbone(
-            settings["backbone"],
-            columns,
-            max_length=config.preference.max_length,
-            seed=seed,
-            lora=config.preference.lora,
-            # Frozen base weights may be bfloat16; weights that train stay float32, or small updates would round away.
-            dtype=config.model.dtype
-            if config.preference.lora and config.model.kind == "pretrained"
-            else "float32",
-            topology=config.preference.topology,
-            branch_blocks=config.preference.branch_blocks,
-        )
-        model.tokens_per_batch = config.preference.train_tokens_per_batch
-        model.last_block_at_end = config.preference.last_block_at_end
-        _to_gpu(model)
-        return model
+    def build() -> Any:
+        return _new_model(config, settings["backbone"], columns, seed)
 
     options: dict[str, Any] = {
         "seed": seed,
@@ -111,6 +94,29 @@ def _train_one(settings: Mapping[str, Any]) -> None:
     temporary = target.with_name(f".{name}.partial")
     model.save(temporary)
     temporary.rename(target)
+
+
+def _new_model(config: Config, backbone: str, columns: Sequence[str], seed: int) -> Any:
+    """An untrained preference model with one head per label column, on the GPU where there is one."""
+    from morlaif_ray.preference.model import PreferenceModel
+
+    preference = config.preference
+    frozen = preference.lora is not None and config.model.kind == "pretrained"
+    model = PreferenceModel.from_backbone(
+        backbone,
+        columns,
+        max_length=preference.max_length,
+        seed=seed,
+        lora=preference.lora,
+        # Frozen base weights may be bfloat16; weights that train stay float32, or small updates would round away.
+        dtype=config.model.dtype if frozen else "float32",
+        topology=preference.topology,
+        branch_blocks=preference.branch_blocks,
+    )
+    model.tokens_per_batch = preference.train_tokens_per_batch
+    model.last_block_at_end = preference.last_block_at_end
+    _to_gpu(model)
+    return model
 
 
 def _training_data(work: Path, columns: Sequence[str]) -> Any:

@@ -291,7 +291,7 @@ def _accuracy(settings: Settings, chosen: World, test: World, seed: int) -> list
 def _fit(
     settings: Settings, pairs: World, heads: Sequence[str], log_odds_NH: FloatArray, seed: int
 ) -> Any:
-    from morlaif_ray.config.learning import PreferenceConfig
+    from morlaif_ray.config.preferring import PreferenceConfig
     from morlaif_ray.preference import PreferenceModel
     from morlaif_ray.preference.training import TrainingData, train_preference_model
 

@@ -97,7 +97,7 @@ def fit(
     options: argparse.Namespace,
 ) -> Any:
     from morlaif_ray.config.inputs import LoraConfig
-    from morlaif_ray.config.learning import PreferenceConfig
+    from morlaif_ray.config.preferring import PreferenceConfig
     from morlaif_ray.preference import PreferenceModel
     from morlaif_ray.preference.training import TrainingData, train_preference_model
 

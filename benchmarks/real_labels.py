@@ -23,7 +23,7 @@ import numpy as np
 
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config.inputs import LoraConfig, ScratchModel
-from morlaif_ray.config.learning import PreferenceConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 from morlaif_ray.data.rewardbench import read_rewardbench
 from morlaif_ray.evaluation.statistics import mean_interval
 from morlaif_ray.seeding import unit_interval

@@ -1,1 +1,1 @@
-"""Makes this folder the package `tests`: some distributions install one of that name, which child processes would import."""
+"""Makes this folder the package `tests`: child processes would else import one that a distribution installs."""

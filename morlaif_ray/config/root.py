@@ -20,11 +20,11 @@ from morlaif_ray.config.judging import FeedbackConfig, RulesJudge
 from morlaif_ray.config.learning import (
     EvaluationConfig,
     PolicyConfig,
-    PreferenceConfig,
     RewardConfig,
     SweepConfig,
 )
 from morlaif_ray.config.operations import ClusterConfig, TrackingConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 
 OPERATIONAL_SECTIONS = ("cluster", "tracking", "description")
 """Sections that change no result and so never make a stage stale."""

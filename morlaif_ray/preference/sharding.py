@@ -166,5 +166,5 @@ def _write(
 
 def _blocks(trunk: nn.Module) -> list[nn.Module]:
     """The transformer blocks: the longest list of modules of the trunk."""
-    lists = [module for module in trunk.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(m) for m in trunk.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len) if lists else []

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from morlaif_ray.config.learning import PreferenceConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 from morlaif_ray.errors import ResourceError
 from morlaif_ray.preference.losses import bradley_terry
 from morlaif_ray.preference.model import PreferenceModel
@@ -179,7 +179,8 @@ def _share_of(rows: IntArray, rank: int, world_size: int) -> IntArray:
     if world_size == 1:
         return rows
     missing = -len(rows) % world_size
-    return np.concatenate([rows, np.full(missing, -1, dtype=rows.dtype)])[rank::world_size]
+    padded: IntArray = np.concatenate([rows, np.full(missing, -1, dtype=rows.dtype)])
+    return padded[rank::world_size]
 
 
 def _clip(parameters: Sequence[torch.nn.Parameter], sharded: bool) -> float:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from morlaif_ray.config.learning import PreferenceConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 from morlaif_ray.errors import NumericalError
 from morlaif_ray.preference.labels import targets
 from morlaif_ray.preference.model import PreferenceModel

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from morlaif_ray.config.learning import PreferenceConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 from morlaif_ray.errors import NumericalError, ResourceError
 from morlaif_ray.preference.labels import targets
 from morlaif_ray.preference.model import PreferenceModel

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from morlaif_ray.config import parse_config
-from morlaif_ray.config.learning import PreferenceConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 from morlaif_ray.errors import ConfigError
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]

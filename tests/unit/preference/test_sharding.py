@@ -14,7 +14,7 @@ import torch
 
 from morlaif_ray.config import parse_config
 from morlaif_ray.config.inputs import LoraConfig
-from morlaif_ray.config.learning import PreferenceConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 from morlaif_ray.errors import ConfigError
 from morlaif_ray.preference import PreferenceModel
 from morlaif_ray.preference.sharding import current_ranks, whole_weights

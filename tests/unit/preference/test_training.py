@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from morlaif_ray.config.inputs import LoraConfig
-from morlaif_ray.config.learning import PreferenceConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 from morlaif_ray.errors import NumericalError
 from morlaif_ray.preference import PreferenceModel
 from morlaif_ray.preference.training import (

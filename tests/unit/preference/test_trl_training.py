@@ -13,7 +13,7 @@ import torch
 
 from morlaif_ray.config import parse_config
 from morlaif_ray.config.inputs import LoraConfig
-from morlaif_ray.config.learning import PreferenceConfig
+from morlaif_ray.config.preferring import PreferenceConfig
 from morlaif_ray.errors import ConfigError, NumericalError, ResourceError
 from morlaif_ray.preference import PreferenceModel
 from morlaif_ray.preference.training import TrainingData, TrainingStep, train_preference_model
