@@ -61,9 +61,16 @@ def interval(values_NK: FloatArray, num_resamples: int = 2000) -> list[float]:
     means = []
     for _ in range(num_resamples):
         rows = rng.integers(0, len(values_NK), len(values_NK))
-        means.append(np.nanmean(np.nanmean(values_NK[rows], axis=0)))
+        means.append(_mean_of_means(values_NK[rows]))
     low, high = np.quantile(means, [0.025, 0.975])
-    return [round(float(v), 4) for v in (np.nanmean(np.nanmean(values_NK, axis=0)), low, high)]
+    return [round(float(v), 4) for v in (_mean_of_means(values_NK), low, high)]
+
+
+def _mean_of_means(values_NK: FloatArray) -> float:
+    """Over principles, of their means over the pairs they have; a principle that a resample lacks is left out."""
+    count_K = (~np.isnan(values_NK)).sum(axis=0)
+    sum_K = np.nansum(values_NK, axis=0)
+    return float(np.mean(sum_K[count_K > 0] / count_K[count_K > 0]))
 
 
 def train_and_test(
