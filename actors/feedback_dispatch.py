@@ -69,7 +69,8 @@ class Dispatch:
     def _loop(self) -> None:
         import ray
 
-        self._feed()
+        if not self._pool.keeps_a_rate:
+            self._feed()
         self._pool.wait_until_started()
         self._signs = [(-1, time.monotonic()) for _ in self._pool.workers]
         while self._queue or self._under_way:

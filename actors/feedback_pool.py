@@ -78,6 +78,9 @@ class FeedbackPool:
         """Where the driver notes what `morlaif feedback status` cannot see in the ledger; None: nowhere."""
         self.recipe = plan.recipe
         self.per_pair = plan.per_pair
+        self.keeps_a_rate = bool(feedback.requests_per_minute or feedback.tokens_per_minute)
+        """Then nothing is sent before all workers are up: those that start would take the CPU of those that must send
+        on time."""
         self.wind_down_s = request_s + WIND_DOWN_S
         self.retry_rounds = feedback.retry_failed
         self._ledger: Any = None
@@ -144,7 +147,7 @@ class FeedbackPool:
     def wait_until_started(self) -> None:
         """Raises what kept a worker from starting: a missing key, no room in the cluster, a model that cannot judge.
 
-        Called when the first batches are handed out already: a worker that is up need not wait for the others.
+        Without a rate to keep, the first batches are handed out before: a worker that is up need not wait for others.
         """
         starting, self._starting = self._starting, []
         deadline_s = time.monotonic() + self._start_timeout_s
