@@ -37,7 +37,7 @@ def measure_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, Any
             topology, backbone, train, test, folder / topology, options
         )
         print(
-            f"accuracy {topology:15s} {np.nanmean(np.nanmean(hits[topology], axis=0)):.4f}   "
+            f"accuracy {topology:15s} {mean_over_principles(hits[topology]):.4f}   "
             f"{seconds[topology]:.0f} CPU s of training",
             flush=True,
         )
@@ -61,9 +61,17 @@ def interval(values_NK: FloatArray, num_resamples: int = 2000) -> list[float]:
     means = []
     for _ in range(num_resamples):
         rows = rng.integers(0, len(values_NK), len(values_NK))
-        means.append(np.nanmean(np.nanmean(values_NK[rows], axis=0)))
+        means.append(mean_over_principles(values_NK[rows]))
     low, high = np.quantile(means, [0.025, 0.975])
-    return [round(float(v), 4) for v in (np.nanmean(np.nanmean(values_NK, axis=0)), low, high)]
+    return [round(float(v), 4) for v in (mean_over_principles(values_NK), low, high)]
+
+
+def mean_over_principles(values_NK: FloatArray) -> float:
+    """Mean of the columns' means over their present values; a column without any is left out."""
+    present_NK = ~np.isnan(values_NK)
+    counts_K = present_NK.sum(axis=0)
+    sums_K = np.where(present_NK, values_NK, 0.0).sum(axis=0)
+    return float((sums_K[counts_K > 0] / counts_K[counts_K > 0]).mean())
 
 
 def train_and_test(
