@@ -37,7 +37,7 @@ def measure_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, Any
             topology, backbone, train, test, folder / topology, options
         )
         print(
-            f"accuracy {topology:15s} {np.nanmean(np.nanmean(hits[topology], axis=0)):.4f}   "
+            f"accuracy {topology:15s} {mean_over_principles(hits[topology]):.4f}   "
             f"{seconds[topology]:.0f} CPU s of training",
             flush=True,
         )
@@ -61,16 +61,17 @@ def interval(values_NK: FloatArray, num_resamples: int = 2000) -> list[float]:
     means = []
     for _ in range(num_resamples):
         rows = rng.integers(0, len(values_NK), len(values_NK))
-        means.append(_mean_of_means(values_NK[rows]))
+        means.append(mean_over_principles(values_NK[rows]))
     low, high = np.quantile(means, [0.025, 0.975])
-    return [round(float(v), 4) for v in (_mean_of_means(values_NK), low, high)]
+    return [round(float(v), 4) for v in (mean_over_principles(values_NK), low, high)]
 
 
-def _mean_of_means(values_NK: FloatArray) -> float:
-    """Over principles, of their means over the pairs they have; a principle that a resample lacks is left out."""
-    count_K = (~np.isnan(values_NK)).sum(axis=0)
-    sum_K = np.nansum(values_NK, axis=0)
-    return float(np.mean(sum_K[count_K > 0] / count_K[count_K > 0]))
+def mean_over_principles(values_NK: FloatArray) -> float:
+    """Mean of the columns' means over their present values; a column without any is left out."""
+    present_NK = ~np.isnan(values_NK)
+    counts_K = present_NK.sum(axis=0)
+    sums_K = np.where(present_NK, values_NK, 0.0).sum(axis=0)
+    return float((sums_K[counts_K > 0] / counts_K[counts_K > 0]).mean())
 
 
 def train_and_test(
@@ -104,7 +105,7 @@ def fit(
     options: argparse.Namespace,
 ) -> Any:
     from morlaif_ray.config.inputs import LoraConfig
-    from morlaif_ray.config.preferring import PreferenceConfig
+    from morlaif_ray.config.learning import PreferenceConfig
     from morlaif_ray.preference import PreferenceModel
     from morlaif_ray.preference.training import TrainingData, train_preference_model
 

@@ -127,6 +127,13 @@ def pid_of(handle: Any) -> int:
     return int(ray.get(handle.__ray_call__.remote(lambda self: os.getpid())))
 
 
+def kill(handle: Any) -> None:
+    """SIGKILL, as the kernel does when memory runs out; returns when the process is gone."""
+    process = psutil.Process(pid_of(handle))
+    process.kill()
+    psutil.wait_procs([process], timeout=10)
+
+
 def test_batches_in_flight_survive_a_killed_actor_without_loss_or_doubling(
     backbone: str, tmp_path: Path
 ) -> None:
@@ -147,15 +154,13 @@ def test_batches_in_flight_survive_a_killed_actor_without_loss_or_doubling(
 def test_columns_of_an_actor_beyond_its_budget_are_nan_with_the_reason(
     backbone: str, tmp_path: Path
 ) -> None:
-    import ray
-
     for name in HEADS[:2]:
         save_model(backbone, (name,), tmp_path / name)
     columns = [Column(name, str(tmp_path / name), 0) for name in HEADS[:2]]
     panel = PreferencePanel(config(), columns, lambda text: None)
     expected = panel.score(TEXTS).scores_BK
     shutil.rmtree(tmp_path / "detail")  # its successor cannot start
-    ray.kill(panel._actors[1].handle)
+    kill(panel._actors[1].handle)
     table = panel.score(TEXTS, missing="mark")
     np.testing.assert_array_equal(table.scores_BK[:, 0], expected[:, 0])
     assert np.isnan(table.scores_BK[:, 1]).all()
@@ -186,13 +191,11 @@ def test_a_score_that_is_not_finite_is_an_error_or_nan_with_the_reason(
 
 
 def test_the_health_check_starts_a_dead_actor_again(backbone: str, tmp_path: Path) -> None:
-    import ray
-
     save_model(backbone, HEADS, tmp_path / "trunk")
     said: list[str] = []
     panel = PreferencePanel(config(), trunk_columns(tmp_path / "trunk"), said.append)
     assert panel.check_health() == 0
-    ray.kill(panel._actors[0].handle)
+    kill(panel._actors[0].handle)
     assert panel.check_health() == 1
     assert len(said) == 1
     assert "preference model trunk was lost" in said[0]
