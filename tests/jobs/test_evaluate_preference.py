@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from morlaif_ray.artifacts import read_table
-from morlaif_ray.evaluation.run_tables import read_csv
 from tests.jobs.commands import Running
 
 pytestmark = [pytest.mark.jobs, pytest.mark.timeout(600)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    return [
+        {**row, "accuracy": float(row["accuracy"]), "num_pairs": int(row["num_pairs"])}
+        for row in rows
+    ]
 
 
 def test_models_rewards_and_a_length_control_by_subset(run_copy: Path, tmp_path: Path) -> None:
@@ -26,7 +36,7 @@ def test_models_rewards_and_a_length_control_by_subset(run_copy: Path, tmp_path:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     running = Running(["evaluate_preference", "--run-dir", str(run_copy), "--data", str(data)])
     assert running.end() == 0, running.text
-    found = read_csv(run_copy / "preference_evaluation" / "bench" / "accuracy.csv")
+    found = read_rows(run_copy / "preference_evaluation" / "bench" / "accuracy.csv")
     assert {row["subset"] for row in found} == {"all", "part0", "part1"}
     whole = {row["model"]: row for row in found if row["subset"] == "all"}
     kinds = [row["kind"] for row in whole.values()]

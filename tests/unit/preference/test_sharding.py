@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from morlaif_ray.preference.training import TrainingData, train_preference_model
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).parents[3]
 HEADS = ("good", "red")
 # 27 pairs in batches of 8 leave one of 3: ranks with unequal shares.
 CONFIG = PreferenceConfig(
@@ -93,14 +96,20 @@ def test_two_ranks_end_with_the_weights_of_one(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    arguments = (port, backbone(), str(tmp_path), lora)
-    processes = [spawn.Process(target=rank_process, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0, 0]
+    # Not multiprocessing: its children cannot import a test module that pytest loaded by path.
+    arguments = [str(port), backbone(), str(tmp_path), "lora" if lora else "full"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), *arguments], env=environment, cwd=tmp_path
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     np.testing.assert_allclose(result["losses"][0], losses, rtol=1e-5)
     assert result["losses"][1] == result["losses"][0]
@@ -124,3 +133,9 @@ def test_trl_trains_in_one_process() -> None:
         ConfigError, match="trains in one process, but workers_per_trial is 2; write 1"
     ):
         parse_config({"preference": settings}, "here")
+
+
+if __name__ == "__main__":
+    rank_process(
+        int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5] == "lora"
+    )
