@@ -51,8 +51,7 @@ def checksum_of(weights: Mapping[str, Array]) -> int:
     checksum = 0
     for name, array in weights.items():
         checksum = zlib.crc32(f"{name}{array.shape}{array.dtype}".encode(), checksum)
-        octets: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        checksum = zlib.crc32(octets, checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)
     return checksum
 
 
