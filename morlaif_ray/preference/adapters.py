@@ -57,7 +57,8 @@ class StackedLora(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         plain: Tensor = self.base(rows)
-        down_KIR, up_KRO = self.down_KIR, self.up_KRO
+        down_KIR: Tensor = self.down_KIR
+        up_KRO: Tensor = self.up_KRO
         if len(self._chosen.rows) < len(down_KIR):
             down_KIR, up_KRO = down_KIR[self._chosen.rows], up_KRO[self._chosen.rows]
         num_adapters = len(down_KIR)

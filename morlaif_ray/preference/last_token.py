@@ -48,7 +48,8 @@ def _gpt2(block: Any, hidden_BLD: Tensor, last_B: Tensor) -> Tensor:
     )
     residual = hidden_BLD[rows, last_B].unsqueeze(1)
     residual = residual + attn.resid_dropout(attn.c_proj(mixed))
-    return (residual + block.mlp(block.ln_2(residual))).squeeze(1)
+    state_BD: Tensor = (residual + block.mlp(block.ln_2(residual))).squeeze(1)
+    return state_BD
 
 
 def _llama(
@@ -69,7 +70,8 @@ def _llama(
         attn.attention_dropout if attn.training else 0.0,
     )
     residual = hidden_BLD[rows, last_B].unsqueeze(1) + attn.o_proj(mixed)
-    return (residual + block.mlp(block.post_attention_layernorm(residual))).squeeze(1)
+    state_BD: Tensor = (residual + block.mlp(block.post_attention_layernorm(residual))).squeeze(1)
+    return state_BD
 
 
 def _heads(flat_BLD: Tensor, head_dim: int) -> Tensor:

@@ -166,7 +166,7 @@ class PreferenceModel:
             inner.base_model, tokens_BL, mask_BL, last_B, shortcut=self.last_block_at_end
         )
         if tail is None:
-            scores = inner.score(state_BD).float()
+            scores: Tensor = inner.score(state_BD).float()
             return scores if heads is None else scores[:, list(heads)]
         weight_HD = inner.score.weight[list(tail.wanted)]
         return torch.einsum("bhd,hd->bh", torch.stack(tail.take(), dim=1), weight_HD).float()
