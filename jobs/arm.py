@@ -47,7 +47,6 @@ class Arm:
         self.context = context
         self.config = config
         self.work = work
-        self.panel = panel
         self.step = 0
         self._schedule = PromptSchedule(context)
         self.num_steps = config.num_steps or context.config.policy.num_steps
@@ -93,7 +92,7 @@ class Arm:
         policy = self.context.config.policy
         prompts = self._schedule.prompts_of(step)
         if policy.rollout_chunk:
-            self._stream = PanelStream(self.panel, len(prompts), policy.rollout_chunk)
+            self._stream = PanelStream(self.scorer.raw_scores, len(prompts), policy.rollout_chunk)
         batch = self._rollouts.generate(
             self._requests(prompts, "policy", step),
             self._sampling,
@@ -140,7 +139,9 @@ class Arm:
     def update(self, step: int, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
         """One PPO step. LearnerWentBack (here and below) where the learner was lost and restored."""
         started = time.monotonic()
-        metrics: dict[str, float] = self._ask("update", batch, scored.reward_B)
+        metrics: dict[str, float] = self._ask(
+            "update", batch, scored.reward_B, self.scorer.by_principle(scored)
+        )
         self.seconds["seconds_update"] = time.monotonic() - started
         return {**metrics, **self.scorer.observations(batch, scored)}
 
@@ -251,6 +252,7 @@ class Arm:
         timeout_s = self.context.config.cluster.start_timeout_s
         try:
             self.step = ray.get(self._learner.ping.remote(), timeout=timeout_s)
+            notes = ray.get(self._learner.notes.remote(), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise ActorLostError(
                 f"arm '{self.config.name}': the learner did not start in {timeout_s:.0f} s; the cluster may lack "
@@ -262,6 +264,8 @@ class Arm:
             raise ActorLostError(
                 f"arm '{self.config.name}': the learner did not start: {one_line(error)}"
             ) from None
+        for note in notes:
+            self.context.reporter.line(f"  arm {self.config.name}: {note}")
         self._record.go_back(self.step)
 
     def _restore_learner(self, cause: str) -> None:

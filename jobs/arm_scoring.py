@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from actors.preference_panel import PreferencePanel
+from actors.preference_panel import Missing, PreferencePanel
 from jobs.context import JobContext
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config.learning import ArmConfig
@@ -43,14 +44,18 @@ class ArmScorer:
         else:
             panel_json = context.path("3_preference_models", "panel.json")
             self.reward = RewardFunction.for_baseline(panel_json, str(config.baseline))
-        names = [column.name for column in panel.columns]
-        wanted = self.reward.principles if config.scalarizer else (f"baseline_{config.baseline}",)
-        self._reward_columns = [names.index(name) for name in wanted]
-        self._principle_columns = [names.index(name) for name in self._all_principles.principles]
+        rewarded = self.reward.principles if config.scalarizer else (f"baseline_{config.baseline}",)
+        self.columns = tuple(dict.fromkeys([*self._all_principles.principles, *rewarded]))
+        """The panel's columns that this arm needs: models behind others do no work for it."""
+        self._missing_scores: Missing = "error" if settings.missing == "error" else "mark"
+        self._reward_columns = [self.columns.index(name) for name in rewarded]
+        self._principle_columns = [
+            self.columns.index(name) for name in self._all_principles.principles
+        ]
 
     def score(self, batch: RolloutBatch, raw_BK: FloatArray | None = None) -> ScoredBatch:
         """Scalar rewards, from the panel's scores where they are known already; stops when too many are missing."""
-        raw = self._panel.score(texts_of(batch)).scores_BK if raw_BK is None else raw_BK
+        raw = self.raw_scores(texts_of(batch)) if raw_BK is None else raw_BK
         result = self.reward(raw[:, self._reward_columns])
         self._missing += result.num_missing
         self._scores += result.num_scores
@@ -67,6 +72,10 @@ class ArmScorer:
             principles,
             self._all_principles.normaliser.apply(principles),
         )
+
+    def raw_scores(self, texts: Sequence[str]) -> FloatArray:
+        """The panel's scores [B, columns] of dialogues; NaN where one is missing and the config allows that."""
+        return self._panel.score(texts, self.columns, missing=self._missing_scores).scores_BK
 
     def observations(self, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
         """What is logged beside the update: scores per principle, and on the test-bed the truth."""
@@ -89,9 +98,13 @@ class ArmScorer:
         """Column names of `ScoredBatch.raw_BK`."""
         return tuple(self._all_principles.principles)
 
+    def by_principle(self, scored: ScoredBatch) -> dict[str, FloatArray]:
+        """Raw scores [B] of each principle."""
+        return {name: scored.raw_BK[:, index] for index, name in enumerate(self.principles)}
+
     def reference_rewards(self, reference: dict[str, list[Any]]) -> FloatArray:
         """The arm's reward on the SFT reference responses (columns of `scores_reference.parquet`)."""
-        names = [self._panel.columns[index].name for index in self._reward_columns]
+        names = [self.columns[index] for index in self._reward_columns]
         rewards: FloatArray = self.reward(np.array([reference[name] for name in names]).T).reward_B
         return rewards
 
@@ -104,8 +117,10 @@ class PanelStream:
 
     NUM_THREADS = 4
 
-    def __init__(self, panel: PreferencePanel, num_rows: int, size: int) -> None:
-        self._panel = panel
+    def __init__(
+        self, score: Callable[[Sequence[str]], FloatArray], num_rows: int, size: int
+    ) -> None:
+        self._score = score
         self._size = size
         self._texts: list[str | None] = [None] * num_rows
         self._groups: dict[int, Future[FloatArray]] = {}
@@ -123,9 +138,6 @@ class PanelStream:
                 texts = [text for text in rows if text is not None]
                 if len(texts) == len(rows) and group not in self._groups:
                     self._groups[group] = self._threads.submit(self._score, texts)
-
-    def _score(self, texts: list[str]) -> FloatArray:
-        return self._panel.score(texts).scores_BK
 
     def scores(self) -> FloatArray:
         """Raw scores [B, columns] of all rows, in order; waits for them."""

@@ -208,7 +208,7 @@ def part_of(batch: RolloutBatch, first: int, num: int) -> RolloutBatch:
 def test_the_same_rows_are_scored_together_whoever_finishes_first(order: tuple[int, ...]) -> None:
     batch = make_batch(0, 0, num=7)[0]
     panel = Lengths()
-    stream = PanelStream(panel, 7, size=3)  # type: ignore[arg-type]
+    stream = PanelStream(lambda texts: panel.score(texts).scores_BK, 7, size=3)
     for first in order:
         stream.take(first, part_of(batch, first, min(2, 7 - first)))
     scores = stream.scores()
@@ -219,7 +219,7 @@ def test_the_same_rows_are_scored_together_whoever_finishes_first(order: tuple[i
 def test_a_group_is_scored_before_the_last_row_is_sampled() -> None:
     batch = make_batch(0, 0, num=4)[0]
     panel = Lengths()
-    stream = PanelStream(panel, 4, size=2)  # type: ignore[arg-type]
+    stream = PanelStream(lambda texts: panel.score(texts).scores_BK, 4, size=2)
     stream.take(0, part_of(batch, 0, 2))
     stream._groups[0].result(timeout=WAIT_S)
     assert len(panel.asked) == 1
