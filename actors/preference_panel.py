@@ -120,11 +120,17 @@ class PreferencePanel:
     """Owns its actors; `close()` ends them. Safe to use from several threads."""
 
     def __init__(
-        self, config: Config, columns: Sequence[Column], say: Callable[[str], None]
+        self,
+        config: Config,
+        columns: Sequence[Column],
+        say: Callable[[str], None],
+        *,
+        num_actors: int = 1,
     ) -> None:
+        """`num_actors`: how many share the saved models where the config puts these together (not adapters)."""
         self.columns = tuple(columns)
         bank = config.preference.scores_as_bank
-        self._groups = _groups(config, columns)
+        self._groups = _groups(config, columns, num_actors)
         self._actors = [
             SupervisedActor(
                 f"preference model {', '.join(Path(folder).name for folder in group)}",
@@ -190,11 +196,14 @@ class PreferencePanel:
         return [known[name] for name in names]
 
 
-def _groups(config: Config, columns: Sequence[Column]) -> list[list[str]]:
+def _groups(config: Config, columns: Sequence[Column], num_actors: int) -> list[list[str]]:
     """Folders of each actor."""
     folders = list(dict.fromkeys(column.folder for column in columns))
-    together = config.preference.panel_placement == "one_actor" or config.preference.scores_as_bank
-    return [folders] if together else [[folder] for folder in folders]
+    if config.preference.scores_as_bank:
+        return [folders]
+    if config.preference.panel_placement == "per_model":
+        return [[folder] for folder in folders]
+    return [folders[index::num_actors] for index in range(min(num_actors, len(folders)))]
 
 
 def _spawner(

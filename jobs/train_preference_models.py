@@ -161,7 +161,12 @@ def _score_everything(
     for split, members in chosen.items():
         texts[f"{split}_a"] = [dialogue_text(p.prompt, p.response_a) for p in members]
         texts[f"{split}_b"] = [dialogue_text(p.prompt, p.response_b) for p in members]
-    panel = PreferencePanel(context.config, panel_columns(work, baselines), context.reporter.line)
+    panel = PreferencePanel(
+        context.config,
+        panel_columns(work, baselines),
+        context.reporter.line,
+        num_actors=context.config.preference.scoring_actors,
+    )
     scores: dict[str, FloatArray] = {}
     with context.reporter.task("scores", total=sum(map(len, texts.values())), unit="texts") as task:
         for name, batch in texts.items():

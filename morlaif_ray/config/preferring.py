@@ -21,7 +21,7 @@ class PreferenceConfig(Section):
     """One preference model per principle, and the single-objective baselines on the same pairs."""
 
     operational: ClassVar[frozenset[str]] = frozenset(
-        {"concurrent_trials", "cpus_per_trial", "max_failures"}
+        {"concurrent_trials", "cpus_per_trial", "scoring_actors", "max_failures"}
     )
 
     topology: Literal["separate", "shared_trunk", "late_branching", "adapters"] = "separate"
@@ -72,6 +72,8 @@ class PreferenceConfig(Section):
     model is sharded over them (FSDP2), each with a GPU where there are any."""
     panel_placement: Literal["per_model", "one_actor"] = "per_model"
     """per_model: an actor for every saved model; one_actor: all of them in one process (small machines)."""
+    scoring_actors: PositiveInt = 1
+    """one_actor: processes that share the models while stage 3 scores, when nothing else runs."""
     max_failures: NonNegativeInt = 1
     """Restarts of a lost training before the stage ends with an error."""
     score_batch_size: PositiveInt = 64

@@ -296,3 +296,19 @@ def test_a_local_judge_on_gpus_is_planned_as_its_workers_reserve_it() -> None:
     # weights 2.506e9 * 2 bytes = 4.668 GB; 3 caches of 4096 tokens at 2*18*2048*2 bytes = 1.688 GB; logits 0.009 GB;
     # 10% and the 1 GB context of a GPU
     assert planned.memory_gb == pytest.approx((4.668 + 1.688 + 0.009) * 1.1 + 1.0, abs=0.01)
+
+
+def test_models_in_one_place_are_shared_out_over_the_actors_that_are_asked_for() -> None:
+    from actors.preference_panel import Column, _groups
+
+    columns = [Column(name, f"models/{name}", 0) for name in "abcde"]
+    columns.append(Column("a2", "models/a", 1))
+    together = config_with(preference={"panel_placement": "one_actor"})
+    assert _groups(together, columns, 1) == [[f"models/{name}" for name in "abcde"]]
+    assert _groups(together, columns, 2) == [
+        ["models/a", "models/c", "models/e"],
+        ["models/b", "models/d"],
+    ]
+    assert len(_groups(together, columns, 9)) == 5
+    apart = config_with(preference={"panel_placement": "per_model"})
+    assert len(_groups(apart, columns, 2)) == 5
