@@ -51,7 +51,8 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobContext:
     monkeypatch.setattr(preference_panel, "PreferencePanel", WordPanel)
     monkeypatch.setattr(JobContext, "connect", lambda self: None)
     entry = {"folder": "models/x", "head": 0}
-    (tmp_path / "3_preference_models").mkdir()
+    (tmp_path / "3_preference_models" / "models" / "x").mkdir(parents=True)
+    write_json(tmp_path / "3_preference_models" / "models" / "x" / "preference_model.json", {})
     write_json(
         tmp_path / "3_preference_models" / "panel.json",
         {
