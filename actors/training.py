@@ -88,9 +88,9 @@ def following(paths: Sequence[Path], advance: Callable[[int], None]) -> Iterator
 def sft_loop(settings: Mapping[str, Any]) -> None:
     """One Ray Train worker of the SFT. Rank 0 leaves `model/`, `training.csv` and `metrics.json` in the work folder."""
     from ray import train
-    from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
-    from transformers import TrainerCallback
+    from ray.train.huggingface.transformers import prepare_trainer
 
+    from actors.sft_callbacks import sft_callbacks
     from morlaif_ray.backbone import load_tokenizer
     from morlaif_ray.rl.sft import build_sft_trainer
 
@@ -100,11 +100,6 @@ def sft_loop(settings: Mapping[str, Any]) -> None:
     world = train.get_context()
     checkpoint = train.get_checkpoint()
     progress = ProgressFile(work / "progress.json")
-
-    class ShowProgress(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                progress.write(state.global_step, state.max_steps)
 
     dialogues = read_records(work / "dialogues.parquet", Dialogue)
     num_heldout = min(NUM_HELDOUT_DIALOGUES, len(dialogues) // 20)
@@ -117,7 +112,7 @@ def sft_loop(settings: Mapping[str, Any]) -> None:
         output_dir=work / "trainer",
         seed=derive_seed(config.seed, "sft"),
         num_workers=world.get_world_size(),
-        callbacks=[ShowProgress(), RayTrainReportCallback()],
+        callbacks=sft_callbacks(progress.write),
     )
     _mute(trainer)
     trainer = prepare_trainer(trainer)

@@ -47,6 +47,7 @@ class Arm:
         self.context = context
         self.config = config
         self.work = work
+        self.panel = panel
         self.step = 0
         self._schedule = PromptSchedule(context)
         self.num_steps = config.num_steps or context.config.policy.num_steps
