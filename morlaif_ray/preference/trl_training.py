@@ -10,6 +10,7 @@ Legend: N pairs.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import shutil
 from collections.abc import Callable
@@ -85,6 +86,7 @@ def train_with_trl(
     """
     micro = config.microbatch_size or config.batch_size
     while True:
+        run: _Run | None = None
         model = build()
         pairs = preferred_first(model, data)
         lengths = np.array(
@@ -99,9 +101,12 @@ def train_with_trl(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            micro = _smaller(micro, model.heads[0], error)
+            name = model.heads[0]
+            micro = _smaller(micro, name, error)
+        del model, run  # the next try must not find this model, its gradients and moments in memory
+        _release_memory()
         say(
-            f"preference model '{model.heads[0]}': out of memory; going on from the last checkpoint with {micro} "
+            f"preference model '{name}': out of memory; going on from the last checkpoint with {micro} "
             f"pairs per forward and accumulated gradients (set preference.microbatch_size to begin there)"
         )
     if pairs.num_ties:
@@ -109,6 +114,15 @@ def train_with_trl(
             f"preference model '{model.heads[0]}': {pairs.num_ties} ties left out (hard labels cannot say equal)"
         )
     return model, history
+
+
+def _release_memory() -> None:
+    """Ends what only reference cycles keep alive (TRL's trainer and its callback hold one another)."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _smaller(micro: int, name: str, error: BaseException) -> int:
