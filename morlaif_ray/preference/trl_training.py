@@ -1,7 +1,8 @@
 """The paper's recipe by TRL's `RewardTrainer`: hard labels with margin |log-odds|, one head, full or LoRA.
 
 The rows go in as token ids of our own template (EOS appended, the end of the dialogue kept), in the order of our own
-batch plan and at our own learning rate, so both trainers take the same steps; what comes out is the same folder.
+batch plan and at our own learning rate, so both trainers take the same steps where the batch size divides the number of
+pairs (TRL fills the short batch of an epoch with the next rows); what comes out is the same folder.
 Two things of TRL and transformers are stepped around: TRL drops rows above `max_length` (ours are cut before), and
 transformers takes the last token that is not the pad *id* (with pad = EOS that would be the one before EOS).
 Legend: N pairs.
