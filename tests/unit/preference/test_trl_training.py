@@ -233,6 +233,14 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
             {"loss": "margin", "batch_size": 8, "microbatch_size": 3},
             "batch_size 8 is not a multiple of microbatch_size 3, as trainer 'trl' needs",
         ),
+        (
+            {"loss": "margin", "train_tokens_per_batch": 512},
+            "trainer is 'trl', which knows no train_tokens_per_batch; remove train_tokens_per_batch, or write",
+        ),
+        (
+            {"loss": "margin", "last_block_at_end": True},
+            "trainer is 'trl', which knows no last_block_at_end; remove last_block_at_end, or write trainer: own",
+        ),
     ],
 )
 def test_what_trl_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
