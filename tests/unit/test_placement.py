@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from actors.bundles import Available, Bundle, Plan, check_plan, pack_gpus
 from actors.memory import (
     GB,
     Load,
@@ -17,16 +18,7 @@ from actors.memory import (
     training_gb,
     weights_gb,
 )
-from actors.placement import (
-    Available,
-    Bundle,
-    Plan,
-    check_plan,
-    intended_cluster,
-    pack_gpus,
-    plan_bundles,
-    trained_models,
-)
+from actors.placement import intended_cluster, plan_bundles, trained_models
 from morlaif_ray.config import Config, parse_config
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.config.learning import PolicyConfig
@@ -90,6 +82,33 @@ def test_phases_do_not_add_up_because_they_do_not_overlap() -> None:
     plan = Plan((bundle("0_sft", count=3), bundle("5_policy", count=2)))
     assert plan.peak_cpus == 3.0
     check_plan(plan, Available(cpus=3.0, gpus=0.0))
+
+
+def test_turns_of_a_phase_do_not_add_up_either() -> None:
+    plan = Plan((bundle(count=3), bundle(count=2, turn=1), bundle(count=2, turn=1, gpus=1.0)))
+    assert (plan.peak_cpus, plan.peak_gpus) == (4.0, 2)
+    with pytest.raises(
+        ResourceError, match=r"5_policy needs 4 CPUs \(2 x PPO learner at 1 CPU, 2 x"
+    ):
+        check_plan(plan, Available(cpus=3.0, gpus=2.0))
+    check_plan(plan, Available(cpus=4.0, gpus=2.0))
+
+
+def test_the_actors_that_score_in_stage_3_are_planned() -> None:
+    settings = {"panel_placement": "one_actor", "scoring_actors": 8, "cpus_per_trial": 0.5}
+    plan = plan_bundles(config_with(preference=settings))
+    scoring = by_role(plan, "3_preference_models")["preference model"]
+    assert (scoring.count, scoring.turn) == (8, 1)  # 16 saved models, two in each
+    assert plan.cpus("3_preference_models") == pytest.approx(8 * 0.3)
+    stage = Plan(tuple(plan.of("3_preference_models")))
+    with pytest.raises(ResourceError) as caught:
+        check_plan(stage, Available(cpus=2.0, gpus=0.0))
+    assert caught.value.message == (
+        "3_preference_models needs 2.4 CPUs (8 x preference model at 0.3 CPU), there are 2; "
+        "reduce preference.scoring_actors, or add CPUs (a local Ray: cluster.num_cpus)"
+    )
+    one = plan_bundles(config_with(preference={**settings, "scoring_actors": 1}))
+    assert by_role(one, "3_preference_models")["preference model"].count == 1
 
 
 def test_trials_wait_for_one_another_so_one_must_fit() -> None:
