@@ -13,6 +13,7 @@ from actors.feedback_worker import worker_cpus, worker_gpus
 from actors.memory import (
     Load,
     ModelShape,
+    branched,
     generation_gb,
     judging_gb,
     learner_gb,
@@ -72,6 +73,14 @@ def _pm_shape(config: Config) -> ModelShape | None:
         return shape_of(config.model)
     dtype = "float32" if config.model.kind == "scratch" else config.model.dtype
     return shape_of_hub_id(backbone, dtype)
+
+
+def _trunk_shape(config: Config) -> ModelShape | None:
+    """The largest preference model: with all branches where they are full copies in one model."""
+    preference, shape = config.preference, _pm_shape(config)
+    if shape is None or preference.topology != "late_branching" or preference.lora is not None:
+        return shape
+    return branched(shape, num_principles(config), preference.branch_blocks)
 
 
 def _sft(config: Config) -> list[Bundle]:
@@ -139,7 +148,7 @@ def trained_models(config: Config) -> int:
 
 
 def _preference(config: Config) -> list[Bundle]:
-    preference, shape, gpus = config.preference, _pm_shape(config), training_gpus(config)
+    preference, shape, gpus = config.preference, _trunk_shape(config), training_gpus(config)
     num_trained = trained_models(config)
     memory = math.nan
     if shape is not None:
@@ -175,7 +184,7 @@ def _preference(config: Config) -> list[Bundle]:
 
 def _panel(config: Config, phase: str, num_models: int, num_actors: int = 1) -> Bundle:
     """The actors behind the panel: one per saved model, or all of them in one (`num_actors` that share them)."""
-    preference, shape = config.preference, _pm_shape(config)
+    preference, plain, shape = config.preference, _pm_shape(config), _trunk_shape(config)
     bank = preference.scores_as_bank  # adapters: one backbone, a row per text and adapter
     together = 1  # saved models of the largest actor
     if bank:
@@ -184,7 +193,10 @@ def _panel(config: Config, phase: str, num_models: int, num_actors: int = 1) -> 
         together = -(-num_models // num_actors)
     gpus = config.policy.panel_gpus_per_model * (1 if bank else together)
     memory = math.nan
-    if shape is not None:
+    if plain is not None and shape is not None:
+        # Of models in one actor one at most has branches: its surplus, spread over them.
+        surplus = (shape.num_parameters - plain.num_parameters) / together
+        shape = replace(plain, num_parameters=plain.num_parameters + surplus)
         rows = preference.score_batch_size * (num_models if bank else 1)
         load = Load(rows, preference.max_length)
         memory = scoring_gb(shape, load, num_models=1 if bank else together, on_gpu=gpus > 0)

@@ -1,6 +1,7 @@
 """Placement is a pure function of the config, and an impossible plan says what to reduce."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from actors.memory import (
     GB,
     Load,
     ModelShape,
+    branched,
     generation_gb,
     learner_gb,
     scoring_gb,
@@ -233,6 +235,38 @@ def test_full_training_holds_weights_gradients_and_two_moments() -> None:
 def test_gradient_checkpointing_keeps_one_layer_in_full() -> None:
     # (2 + 17) instead of 17*2 layer inputs: 32*512*19*1024*2 bytes = 0.59375 GB
     assert training_gb(SHAPE, Load(32, 512), checkpointing=True) == pytest.approx(8.89375)
+
+
+def test_branches_count_as_blocks_of_the_model_that_holds_them() -> None:
+    from morlaif_ray.preference.branching import num_branch_blocks
+
+    # A block has (2**30 - 1024*1024)/2 parameters; two more branches of one block each.
+    wide = branched(SHAPE, 3, 1)
+    assert wide.num_layers == 4
+    assert wide.num_parameters == pytest.approx(2 * GB - 2**20)
+    assert branched(SHAPE, 1, 1) == SHAPE
+    quarter = branched(replace(SHAPE, num_layers=12), 3, None)
+    assert quarter.num_layers == 12 + 2 * num_branch_blocks(12, None)
+
+
+def test_late_branching_is_planned_with_all_its_branches() -> None:
+    def planned(topology: str, placement: str = "per_model", **more: Any) -> tuple[float, float]:
+        preference = {"topology": topology, "panel_placement": placement, **more}
+        model = {"kind": "pretrained", "path": "gpt2"}
+        plan = plan_bundles(config_with(model=model, preference=preference))
+        stage = by_role(plan, "3_preference_models")
+        return stage["preference training"].memory_gb, stage["preference model"].memory_gb
+
+    plain, branches = planned("shared_trunk"), planned("late_branching")
+    shape = shape_of(config_with(model={"kind": "pretrained", "path": "gpt2"}).model)
+    assert shape is not None
+    added = weights_gb(branched(shape, 12, 3)) - weights_gb(shape)
+    assert added > 1.5 * weights_gb(shape)  # 33 blocks beside 12
+    assert branches[1] - plain[1] == pytest.approx(added)
+    assert branches[0] - plain[0] > 4 * added  # weights, gradients, moments; and activations
+    together = planned("late_branching", "one_actor")[1] - planned("shared_trunk", "one_actor")[1]
+    assert together == pytest.approx(added)
+    assert planned("late_branching", lora={}) == planned("adapters", lora={})
 
 
 def test_lora_trains_few_parameters_in_float32() -> None:
