@@ -18,7 +18,7 @@ torch holds. 1 GB = 2**30 bytes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from morlaif_ray.config.inputs import LoraConfig, ModelConfig, ScratchModel
 from morlaif_ray.config.judging import JudgeConfig, LocalJudge
@@ -101,6 +101,22 @@ def shape_of_hub_id(path: str, dtype: str) -> ModelShape | None:
         return None
     parameters, layers, width, vocabulary = KNOWN_SHAPES[path]
     return ModelShape(parameters, layers, width, vocabulary, 2 if dtype == "bfloat16" else 4)
+
+
+def branched(shape: ModelShape, num_branches: int, branch_blocks: int | None) -> ModelShape:
+    """With the last `branch_blocks` blocks (None: a quarter, as in `preference.branch_blocks`) once per branch.
+
+    All branches are weights and activations of one pass. A block has an equal share of what the embeddings leave.
+    """
+    blocks = branch_blocks or max(1, shape.num_layers // 4)
+    added = (num_branches - 1) * blocks
+    embeddings = shape.vocabulary_size * shape.width
+    block = (shape.num_parameters - embeddings) / shape.num_layers
+    return replace(
+        shape,
+        num_parameters=shape.num_parameters + added * block,
+        num_layers=shape.num_layers + added,
+    )
 
 
 def weights_gb(shape: ModelShape, shards: int = 1) -> float:

@@ -1,21 +1,19 @@
-"""Which processes a config needs, with what CPUs, GPUs and memory; and whether a cluster can hold them.
+"""Which processes a config needs, with what CPUs, GPUs and memory.
 
-    plan_bundles(config) -> Plan          pure: printed by `morlaif plan`
-    check_plan(plan, available) -> None   pure: ResourceError with what is required, what is there, what to reduce
-
-Phases do not overlap, so a cluster must hold the largest phase, not their sum. Within a phase all processes live at
-once, except Tune's trials, which wait for one another.
+plan_bundles(config) -> Plan          pure: printed by `morlaif plan`, held against a cluster by `bundles.check_plan`
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
+from actors.bundles import Available, Bundle, Plan
 from actors.feedback_worker import worker_cpus, worker_gpus
 from actors.memory import (
     Load,
     ModelShape,
+    branched,
     generation_gb,
     judging_gb,
     learner_gb,
@@ -25,7 +23,6 @@ from actors.memory import (
     training_gb,
 )
 from morlaif_ray.config import Config
-from morlaif_ray.errors import ResourceError
 from morlaif_ray.principles import load_principles
 
 ROLLOUT_CPUS = 0.4
@@ -36,88 +33,6 @@ SFT_CPUS = 1.0
 OFFLINE_SWEEP_CPUS = 1.0
 KV_SEQUENCES = 16
 """Sequences whose KV cache must fit; a generation engine queues the rest."""
-_ROUNDING = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """`count` processes of one kind."""
-
-    phase: str
-    """The stage folder that this process works for."""
-    role: str
-    count: int
-    cpus: float
-    """CPUs of each."""
-    gpus: float
-    """GPUs of each; a fraction shares one."""
-    memory_gb: float
-    """Estimate for each: memory per GPU where `gpus` > 0, else host memory; NaN where the model's shape is unknown."""
-    reduce: str
-    """The settings that make this smaller."""
-    waits: bool = False
-    """Tune runs as many as fit: one at a time is enough."""
-
-    @property
-    def least(self) -> int:
-        """How many must live at once."""
-        return min(self.count, 1) if self.waits else self.count
-
-    def describe(self) -> str:
-        return f"{self.least} x {self.role}"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything that runs, by phase."""
-
-    bundles: tuple[Bundle, ...]
-
-    @property
-    def phases(self) -> list[str]:
-        return list(dict.fromkeys(bundle.phase for bundle in self.bundles))
-
-    def of(self, phase: str) -> list[Bundle]:
-        return [bundle for bundle in self.bundles if bundle.phase == phase]
-
-    def cpus(self, phase: str) -> float:
-        """CPUs that the phase needs at least."""
-        return sum(bundle.least * bundle.cpus for bundle in self.of(phase))
-
-    def gpus(self, phase: str) -> int:
-        """GPUs that the phase needs at least."""
-        return pack_gpus([bundle.gpus for bundle in self.of(phase) for _ in range(bundle.least)])
-
-    @property
-    def peak_cpus(self) -> float:
-        return max(self.cpus(phase) for phase in self.phases)
-
-    @property
-    def peak_gpus(self) -> int:
-        return max(self.gpus(phase) for phase in self.phases)
-
-
-@dataclass(frozen=True, slots=True)
-class Available:
-    """What a cluster offers. None: not known, not checked."""
-
-    cpus: float | None
-    gpus: float
-    gpus_per_node: int | None = None
-    gpu_memory_gb: float | None = None
-
-
-def pack_gpus(wanted: list[float]) -> int:
-    """GPUs that hold all processes: whole ones take their own, fractions share one (first fit, largest first)."""
-    whole = sum(math.ceil(gpus - _ROUNDING) for gpus in wanted if gpus >= 1)
-    free: list[float] = []
-    for gpus in sorted((gpus for gpus in wanted if 0 < gpus < 1), reverse=True):
-        place = next((i for i, left in enumerate(free) if left + _ROUNDING >= gpus), None)
-        if place is None:
-            free.append(1.0 - gpus)
-        else:
-            free[place] -= gpus
-    return whole + len(free)
 
 
 def plan_bundles(config: Config) -> Plan:
@@ -148,50 +63,6 @@ def intended_cluster(config: Config) -> Available | None:
     return Available(None, math.inf, cluster.num_gpus_per_node, cluster.gpu_memory_gb)
 
 
-def check_plan(plan: Plan, available: Available) -> None:
-    """Raises ResourceError where a phase can never fit; says what is required, what is there, what to reduce."""
-    for phase in plan.phases:
-        bundles = plan.of(phase)
-        shown = ", ".join(f"{b.describe()} at {b.cpus:g} CPU" for b in bundles if b.cpus)
-        needed = plan.cpus(phase)
-        if available.cpus is not None and needed > available.cpus + _ROUNDING:
-            raise ResourceError(
-                f"{phase} needs {needed:g} CPUs ({shown}), there are {available.cpus:g}; "
-                f"reduce {_reduce(bundles)}, or add CPUs (a local Ray: cluster.num_cpus)"
-            )
-        if plan.gpus(phase) > available.gpus + _ROUNDING:
-            shown = ", ".join(f"{b.describe()} at {b.gpus:.3g} GPU" for b in bundles if b.gpus)
-            raise ResourceError(
-                f"{phase} needs {plan.gpus(phase)} GPUs ({shown}), there are {available.gpus:g}; "
-                f"reduce {_reduce([b for b in bundles if b.gpus])}, or add nodes"
-            )
-        for bundle in bundles:
-            _check_bundle(bundle, available)
-
-
-def _check_bundle(bundle: Bundle, available: Available) -> None:
-    """One process must fit on one node, and into its share of a GPU."""
-    per_node = available.gpus_per_node
-    if per_node is not None and bundle.gpus > per_node:
-        raise ResourceError(
-            f"{bundle.phase}: one {bundle.role} needs {bundle.gpus:g} GPUs, a node has {per_node}; "
-            f"reduce {bundle.reduce}"
-        )
-    if available.gpu_memory_gb is None or bundle.gpus <= 0:
-        return
-    share_gb = available.gpu_memory_gb * min(bundle.gpus, 1.0)
-    if bundle.memory_gb > share_gb:  # False for NaN: an unknown model is not judged
-        raise ResourceError(
-            f"{bundle.phase}: one {bundle.role} needs about {bundle.memory_gb:.1f} GB, its share of a GPU "
-            f"({min(bundle.gpus, 1.0):.3g} of {available.gpu_memory_gb:g} GB) is {share_gb:.1f} GB; "
-            f"change {bundle.reduce}"
-        )
-
-
-def _reduce(bundles: list[Bundle]) -> str:
-    return " or ".join(dict.fromkeys(bundle.reduce for bundle in bundles))
-
-
 def _target(config: Config) -> ModelShape | None:
     return shape_of(config.model)
 
@@ -202,6 +73,14 @@ def _pm_shape(config: Config) -> ModelShape | None:
         return shape_of(config.model)
     dtype = "float32" if config.model.kind == "scratch" else config.model.dtype
     return shape_of_hub_id(backbone, dtype)
+
+
+def _trunk_shape(config: Config) -> ModelShape | None:
+    """The largest preference model: with all branches where they are full copies in one model."""
+    preference, shape = config.preference, _pm_shape(config)
+    if shape is None or preference.topology != "late_branching" or preference.lora is not None:
+        return shape
+    return branched(shape, num_principles(config), preference.branch_blocks)
 
 
 def _sft(config: Config) -> list[Bundle]:
@@ -269,7 +148,7 @@ def trained_models(config: Config) -> int:
 
 
 def _preference(config: Config) -> list[Bundle]:
-    preference, shape, gpus = config.preference, _pm_shape(config), training_gpus(config)
+    preference, shape, gpus = config.preference, _trunk_shape(config), training_gpus(config)
     num_trained = trained_models(config)
     memory = math.nan
     if shape is not None:
@@ -298,25 +177,35 @@ def _preference(config: Config) -> list[Bundle]:
         reduce,
         waits=True,
     )
-    return [training]
+    # All saved models score when the last training has ended.
+    scoring = _panel(config, "3_preference_models", num_trained, preference.scoring_actors)
+    return [training, replace(scoring, turn=1)]
 
 
-def _panel(config: Config, phase: str, num_models: int) -> Bundle:
-    """The actors behind the panel: one per saved model, or all of them in one."""
-    preference, shape = config.preference, _pm_shape(config)
+def _panel(config: Config, phase: str, num_models: int, num_actors: int = 1) -> Bundle:
+    """The actors behind the panel: one per saved model, or all of them in one (`num_actors` that share them)."""
+    preference, plain, shape = config.preference, _pm_shape(config), _trunk_shape(config)
     bank = preference.scores_as_bank  # adapters: one backbone, a row per text and adapter
-    together = num_models if bank or preference.panel_placement == "one_actor" else 1
+    together = 1  # saved models of the largest actor
+    if bank:
+        together = num_models
+    elif preference.panel_placement == "one_actor":
+        together = -(-num_models // num_actors)
     gpus = config.policy.panel_gpus_per_model * (1 if bank else together)
     memory = math.nan
-    if shape is not None:
+    if plain is not None and shape is not None:
+        # Of models in one actor one at most has branches: its surplus, spread over them.
+        surplus = (shape.num_parameters - plain.num_parameters) / together
+        shape = replace(plain, num_parameters=plain.num_parameters + surplus)
         rows = preference.score_batch_size * (num_models if bank else 1)
         load = Load(rows, preference.max_length)
         memory = scoring_gb(shape, load, num_models=1 if bank else together, on_gpu=gpus > 0)
     reduce = "policy.panel_gpus_per_model or preference.score_batch_size" if gpus else ""
     reduce = reduce or "the panel (preference.panel_placement: one_actor)"
-    return Bundle(
-        phase, "preference model", num_models // together, PANEL_CPUS, gpus, memory, reduce
-    )
+    count = num_models // together
+    if num_actors > 1 and not bank and preference.panel_placement == "one_actor":
+        count, reduce = min(num_actors, num_models), "preference.scoring_actors"
+    return Bundle(phase, "preference model", count, PANEL_CPUS, gpus, memory, reduce)
 
 
 def _panel_models(config: Config) -> int:

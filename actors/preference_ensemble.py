@@ -62,8 +62,11 @@ def fit_and_score_ensemble(
 
 
 def _one_trunk(config: Config) -> Config:
-    """Members are heads on one trunk whatever the topology: a branch per head costs members x principles."""
-    update = {"topology": "shared_trunk", "branch_blocks": None}
+    """Members are heads on one trunk whatever the topology: a branch per head costs members x principles.
+
+    Only our own trainer trains several heads, so it does even where section `preference` says `trl`.
+    """
+    update = {"topology": "shared_trunk", "branch_blocks": None, "trainer": "own"}
     preference = config.preference.model_copy(update=update)
     return config.model_copy(update={"preference": preference})
 

@@ -189,17 +189,25 @@ def fit_preference_models(
             verbose=0,
         ),
     )
-    if not open_names:
-        return
-    with following([work / "progress" / f"{name}.json" for name in trainings], advance):
-        results = tuner.fit()
-    for path in sorted((work / "notes").glob("*.txt")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            say(line)
+    try:
+        if not open_names:
+            return
+        with following([work / "progress" / f"{name}.json" for name in trainings], advance):
+            results = tuner.fit()
+    finally:
+        _tell_notes(work / "notes", say)
     if results.num_errors:
         for marker in sorted((work / "failures").glob("*.json")):
             raise _read_failure(marker)
         _raise_first(results)
+
+
+def _tell_notes(folder: Path, say: Callable[[str], None]) -> None:
+    """Says every note once: what was said is removed, what a killed driver left unsaid comes with the next call."""
+    for path in sorted(folder.glob("*.txt")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            say(line)
+        path.unlink()
 
 
 def _trial_resources(config: Config, use_gpu: bool) -> dict[str, float]:

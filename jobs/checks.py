@@ -9,8 +9,9 @@ import json
 import os
 from pathlib import Path
 
+from actors.bundles import Available, check_plan
 from actors.engines import check_engine
-from actors.placement import Available, check_plan, intended_cluster, plan_bundles
+from actors.placement import intended_cluster, plan_bundles
 from jobs.context import JobContext
 from jobs.plan import available_for
 from jobs.prompt_schedule import PromptSchedule

@@ -14,17 +14,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from actors.bundles import Available, Bundle, Plan, check_plan
 from actors.memory import ModelShape, shape_of
-from actors.placement import (
-    Available,
-    Bundle,
-    Plan,
-    check_plan,
-    intended_cluster,
-    num_principles,
-    plan_bundles,
-    trained_models,
-)
+from actors.placement import intended_cluster, num_principles, plan_bundles, trained_models
 from jobs.context import JobContext
 from morlaif_ray.config import Config
 from morlaif_ray.config.inputs import HubSource
@@ -221,7 +213,7 @@ def summary_lines(config: Config, plan: Plan, forecast: Forecast) -> list[str]:
         lines.append(
             f"largest per GPU: {largest.role} of {largest.phase}, about {largest.memory_gb:.1f} GB"
         )
-    host = max(_host_gb(plan.of(phase)) for phase in plan.phases)
+    host = max(_host_gb(turn) for phase in plan.phases for turn in plan.turns(phase))
     lines.append(f"host memory of the processes without a GPU: about {host:.1f} GB at its peak")
     lines.append(
         f"judgements: {_count(forecast.num_questions)} questions in "

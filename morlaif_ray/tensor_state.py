@@ -33,25 +33,15 @@ def save_state(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, module in modules.items():
-            _write(temporary / f"{name}.safetensors", _unique_tensors(module))
+            save_file(_unique_tensors(module), temporary / f"{name}.safetensors")
         document: dict[str, Any] = {"extra": dict(extra)}
         if optimizer is not None:
             tensors, plain = _flatten_optimizer(optimizer)
-            _write(temporary / "optimizer.safetensors", tensors)
+            save_file(tensors, temporary / "optimizer.safetensors")
             document["optimizer"] = plain
         path = temporary / "state.json"
         path.write_text(json.dumps(document, sort_keys=True), encoding="utf-8")
-        _sync(path)
-        _sync(temporary)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(folder)
-        _sync(folder.parent)
+        publish(temporary, folder)
 
 
 def load_state(
@@ -60,7 +50,7 @@ def load_state(
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, Any]:
     """Restores what `save_state` wrote into the given objects and returns `extra`."""
-    folder = _whole_folder(folder)
+    folder = whole_folder(folder)
     try:
         document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for name, module in modules.items():
@@ -85,18 +75,29 @@ def load_state(
 
 
 def state_exists(folder: Path) -> bool:
-    return (_whole_folder(folder) / "state.json").is_file()
+    return (whole_folder(folder) / "state.json").is_file()
 
 
-def _whole_folder(folder: Path) -> Path:
-    """A kill between the two renames of `save_state` leaves the previous checkpoint under its old name."""
+def publish(temporary: Path, folder: Path) -> None:
+    """Syncs `temporary` with its files and puts it in place of `folder`; `whole_folder` finds one after any kill."""
+    for path in temporary.iterdir():
+        _sync(path)
+    _sync(temporary)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def whole_folder(folder: Path) -> Path:
+    """A kill between the two renames of `publish` leaves the previous checkpoint under its old name."""
     old = folder.with_name(f".{folder.name}.old")
     return old if not folder.exists() and old.exists() else folder
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path)
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -139,6 +139,14 @@ class PreferenceConfig(Section):
                 f"trainer is 'trl', which trains in one process, but workers_per_trial is "
                 f"{self.workers_per_trial}; write 1, or trainer: own"
             )
+        for key, value in (
+            ("train_tokens_per_batch", self.train_tokens_per_batch),
+            ("last_block_at_end", self.last_block_at_end or None),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"trainer is 'trl', which knows no {key}; remove {key}, or write trainer: own"
+                )
         if self.batch_size % (self.microbatch_size or self.batch_size):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of microbatch_size {self.microbatch_size}, as "

@@ -59,7 +59,7 @@ class StackedLora(nn.Module):
         plain: Tensor = self.base(rows)
         down_KIR: Tensor = self.down_KIR
         up_KRO: Tensor = self.up_KRO
-        if len(self._chosen.rows) < len(down_KIR):
+        if self._chosen.rows != list(range(len(down_KIR))):  # fewer, or in another order
             down_KIR, up_KRO = down_KIR[self._chosen.rows], up_KRO[self._chosen.rows]
         num_adapters = len(down_KIR)
         # As PEFT does: a bfloat16 backbone under float32 adapters keeps the low-rank term in float32.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from morlaif_ray.errors import ArtifactError, ConfigError
 from morlaif_ray.preference.model import PreferenceModel
-from morlaif_ray.tensor_state import load_state, save_state
+from morlaif_ray.tensor_state import load_state, publish, save_state, whole_folder
 
 _SEPARATOR = "|"  # between a parameter's name and the optimizer's key; neither holds it
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -115,6 +115,7 @@ def load_checkpoint(
     )
 
     options = StateDictOptions(full_state_dict=True)
+    folder = whole_folder(folder)
     try:
         document = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         weights = load_file(folder / _MODEL)
@@ -154,14 +155,7 @@ def _write(
     save_file(tensors, temporary / _OPTIMIZER)
     document = {"extra": dict(extra), "param_groups": state["param_groups"]}
     (temporary / _STATE).write_text(json.dumps(document, sort_keys=True), encoding="utf-8")
-    old = folder.with_name(
-        f".{folder.name}.old"
-    )  # where `state_exists` looks after a kill in between
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    publish(temporary, folder)
 
 
 def _blocks(trunk: nn.Module) -> list[nn.Module]:

@@ -1,7 +1,8 @@
 """The paper's recipe by TRL's `RewardTrainer`: hard labels with margin |log-odds|, one head, full or LoRA.
 
 The rows go in as token ids of our own template (EOS appended, the end of the dialogue kept), in the order of our own
-batch plan and at our own learning rate, so both trainers take the same steps; what comes out is the same folder.
+batch plan and at our own learning rate, so both trainers take the same steps where the batch size divides the number of
+pairs (TRL fills the short batch of an epoch with the next rows); what comes out is the same folder.
 Two things of TRL and transformers are stepped around: TRL drops rows above `max_length` (ours are cut before), and
 transformers takes the last token that is not the pad *id* (with pad = EOS that would be the one before EOS).
 Legend: N pairs.
@@ -10,6 +11,7 @@ Legend: N pairs.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import shutil
 from collections.abc import Callable
@@ -85,6 +87,7 @@ def train_with_trl(
     """
     micro = config.microbatch_size or config.batch_size
     while True:
+        run: _Run | None = None
         model = build()
         pairs = preferred_first(model, data)
         lengths = np.array(
@@ -99,9 +102,12 @@ def train_with_trl(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            micro = _smaller(micro, model.heads[0], error)
+            name = model.heads[0]
+            micro = _smaller(micro, name, error)
+        del model, run  # the next try must not find this model, its gradients and moments in memory
+        _release_memory()
         say(
-            f"preference model '{model.heads[0]}': out of memory; going on from the last checkpoint with {micro} "
+            f"preference model '{name}': out of memory; going on from the last checkpoint with {micro} "
             f"pairs per forward and accumulated gradients (set preference.microbatch_size to begin there)"
         )
     if pairs.num_ties:
@@ -109,6 +115,15 @@ def train_with_trl(
             f"preference model '{model.heads[0]}': {pairs.num_ties} ties left out (hard labels cannot say equal)"
         )
     return model, history
+
+
+def _release_memory() -> None:
+    """Ends what only reference cycles keep alive (TRL's trainer and its callback hold one another)."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _smaller(micro: int, name: str, error: BaseException) -> int:

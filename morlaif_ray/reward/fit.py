@@ -88,7 +88,7 @@ def fit_reward(
         _check_missing(name, pairs, config.max_missing_share)
     num_labelled = int(inputs.weights.labelled_N.sum())
     chosen = choose_weights(train, num_labelled, inputs.normaliser, config, seed)
-    ceiling = _fit_ceiling(inputs, train, test, config, seed)
+    ceiling, no_ceiling = _ceiling_or_why_not(inputs, train, test, config, seed)
     notes = list(chosen.notes)
     rows: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
@@ -106,7 +106,7 @@ def fit_reward(
     else:
         notes.append("no pair of split 'test' has a human label: accuracies are left empty")
     if ceiling_share is None:
-        notes.append("too few pairs with both human labels and judgements: no ceiling")
+        notes.append(no_ceiling)
     ablation = Ablation([], [])
     if chosen.regression is not None and len(test):
         ablation = ablate(
@@ -231,10 +231,24 @@ def _difference_rows(columns: list[_Column], shares: Shares) -> list[dict[str, A
     return rows
 
 
+def _ceiling_or_why_not(
+    inputs: RewardInputs, train: PairScores, test: PairScores, config: RewardConfig, seed: int
+) -> tuple[Ceiling | None, str]:
+    """The ceiling, which nothing hangs on, so that it fails without an error; and the note for where there is none."""
+    try:
+        ceiling = _fit_ceiling(inputs, train, test, config, seed)
+    except DataError as error:
+        return None, f"no ceiling: {error.message}"
+    return ceiling, "too few pairs with both human labels and judgements: no ceiling"
+
+
 def _fit_ceiling(
     inputs: RewardInputs, train: PairScores, test: PairScores, config: RewardConfig, seed: int
 ) -> Ceiling | None:
-    """Fits on the judge's log-odds of split `weights`; None without enough answered, labelled pairs."""
+    """Fits on the judge's log-odds of split `weights`; None without enough answered, labelled pairs.
+
+    DataError where `reward.nonnegative` leaves no weight.
+    """
     odds_NK = odds_matrix(inputs, train)
     answered_N = np.asarray(~np.isnan(odds_NK).any(axis=1))
     fitted = train.select(answered_N)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from morlaif_ray.config.learning import RewardConfig
-from morlaif_ray.errors import ConfigError
+from morlaif_ray.errors import ConfigError, DataError
 from morlaif_ray.reward.normaliser import Normaliser
 from morlaif_ray.reward.pairs import PairScores
 from morlaif_ray.reward.regression import MIN_LABELLED_PAIRS, Regression, fit_regression
@@ -52,7 +52,11 @@ def choose_weights(
     """
     if config.weights != "fitted":
         weight_K = configured_weights(config.weights, normaliser.principles)
-        regression = _regression_if_possible(train, config, seed)
+        try:
+            regression = _regression_if_possible(train, config, seed)
+        except DataError as error:
+            note = f"no fit beside the configured weights, so no ablation: {error.message}"
+            return _unfitted("config", weight_K, None, (note,))
         return _unfitted("config", weight_K, regression, ())
     if num_labelled == 0:
         note = (
@@ -107,7 +111,10 @@ def can_fit(labels_N: FloatArray) -> bool:
 def _regression_if_possible(
     train: PairScores, config: RewardConfig, seed: int
 ) -> Regression | None:
-    """The fit behind the ablation where the weights come from the config: nothing hangs on it, so no errors."""
+    """The fit behind the ablation where the weights come from the config; None without enough labels.
+
+    DataError where there are enough, but no fit (`reward.nonnegative` against people): nothing else hangs on it.
+    """
     if not can_fit(train.labels_N):
         return None
     return fit_regression(

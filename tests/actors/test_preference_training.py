@@ -193,10 +193,13 @@ def test_two_ray_train_workers_shard_one_model_and_agree_with_one(
 def test_trl_trains_inside_a_ray_train_worker(backbone: str, tmp_path: Path) -> None:
     work = work_folder(tmp_path / "work")
     trl = config(trainer="trl", loss="margin", batch_size=20, num_epochs=1)
-    fit_preference_models(trl, work, {"likes_good": ["likes_good"]}, backbone, lambda amount: None)
+    said: list[str] = []
+    wanted = {"likes_good": ["likes_good"]}
+    fit_preference_models(trl, work, wanted, backbone, lambda amount: None, said.append)
     good, bad = PreferenceModel.load(work / "models" / "likes_good").score(
         ["\n\nHuman: red\n\nAssistant: good", "\n\nHuman: red\n\nAssistant: bad"]
     )
     assert good > bad
-    notes = (work / "notes" / "likes_good.txt").read_text(encoding="utf-8")
-    assert "ties left out (hard labels cannot say equal)" in notes
+    assert [line for line in said if "ties left out (hard labels cannot say equal)" in line]
+    fit_preference_models(trl, work, wanted, backbone, lambda amount: None, said.append)
+    assert len(said) == 1  # a finished training is not repeated, nor are its notes

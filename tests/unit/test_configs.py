@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors.placement import Available, check_plan, intended_cluster, plan_bundles
+from actors.bundles import Available, check_plan
+from actors.placement import intended_cluster, plan_bundles
 from jobs.plan import forecast_feedback, stage_rows, summary_lines
 from morlaif_ray.config import Config, load_config
 from morlaif_ray.config.learning import ALL_SCALARIZERS

@@ -1,14 +1,17 @@
 """Placement is a pure function of the config, and an impossible plan says what to reduce."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from actors.bundles import Available, Bundle, Plan, check_plan, pack_gpus
 from actors.memory import (
     GB,
     Load,
     ModelShape,
+    branched,
     generation_gb,
     learner_gb,
     scoring_gb,
@@ -17,16 +20,7 @@ from actors.memory import (
     training_gb,
     weights_gb,
 )
-from actors.placement import (
-    Available,
-    Bundle,
-    Plan,
-    check_plan,
-    intended_cluster,
-    pack_gpus,
-    plan_bundles,
-    trained_models,
-)
+from actors.placement import intended_cluster, plan_bundles, trained_models
 from morlaif_ray.config import Config, parse_config
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.config.learning import PolicyConfig
@@ -90,6 +84,33 @@ def test_phases_do_not_add_up_because_they_do_not_overlap() -> None:
     plan = Plan((bundle("0_sft", count=3), bundle("5_policy", count=2)))
     assert plan.peak_cpus == 3.0
     check_plan(plan, Available(cpus=3.0, gpus=0.0))
+
+
+def test_turns_of_a_phase_do_not_add_up_either() -> None:
+    plan = Plan((bundle(count=3), bundle(count=2, turn=1), bundle(count=2, turn=1, gpus=1.0)))
+    assert (plan.peak_cpus, plan.peak_gpus) == (4.0, 2)
+    with pytest.raises(
+        ResourceError, match=r"5_policy needs 4 CPUs \(2 x PPO learner at 1 CPU, 2 x"
+    ):
+        check_plan(plan, Available(cpus=3.0, gpus=2.0))
+    check_plan(plan, Available(cpus=4.0, gpus=2.0))
+
+
+def test_the_actors_that_score_in_stage_3_are_planned() -> None:
+    settings = {"panel_placement": "one_actor", "scoring_actors": 8, "cpus_per_trial": 0.5}
+    plan = plan_bundles(config_with(preference=settings))
+    scoring = by_role(plan, "3_preference_models")["preference model"]
+    assert (scoring.count, scoring.turn) == (8, 1)  # 16 saved models, two in each
+    assert plan.cpus("3_preference_models") == pytest.approx(8 * 0.3)
+    stage = Plan(tuple(plan.of("3_preference_models")))
+    with pytest.raises(ResourceError) as caught:
+        check_plan(stage, Available(cpus=2.0, gpus=0.0))
+    assert caught.value.message == (
+        "3_preference_models needs 2.4 CPUs (8 x preference model at 0.3 CPU), there are 2; "
+        "reduce preference.scoring_actors, or add CPUs (a local Ray: cluster.num_cpus)"
+    )
+    one = plan_bundles(config_with(preference={**settings, "scoring_actors": 1}))
+    assert by_role(one, "3_preference_models")["preference model"].count == 1
 
 
 def test_trials_wait_for_one_another_so_one_must_fit() -> None:
@@ -214,6 +235,38 @@ def test_full_training_holds_weights_gradients_and_two_moments() -> None:
 def test_gradient_checkpointing_keeps_one_layer_in_full() -> None:
     # (2 + 17) instead of 17*2 layer inputs: 32*512*19*1024*2 bytes = 0.59375 GB
     assert training_gb(SHAPE, Load(32, 512), checkpointing=True) == pytest.approx(8.89375)
+
+
+def test_branches_count_as_blocks_of_the_model_that_holds_them() -> None:
+    from morlaif_ray.preference.branching import num_branch_blocks
+
+    # A block has (2**30 - 1024*1024)/2 parameters; two more branches of one block each.
+    wide = branched(SHAPE, 3, 1)
+    assert wide.num_layers == 4
+    assert wide.num_parameters == pytest.approx(2 * GB - 2**20)
+    assert branched(SHAPE, 1, 1) == SHAPE
+    quarter = branched(replace(SHAPE, num_layers=12), 3, None)
+    assert quarter.num_layers == 12 + 2 * num_branch_blocks(12, None)
+
+
+def test_late_branching_is_planned_with_all_its_branches() -> None:
+    def planned(topology: str, placement: str = "per_model", **more: Any) -> tuple[float, float]:
+        preference = {"topology": topology, "panel_placement": placement, **more}
+        model = {"kind": "pretrained", "path": "gpt2"}
+        plan = plan_bundles(config_with(model=model, preference=preference))
+        stage = by_role(plan, "3_preference_models")
+        return stage["preference training"].memory_gb, stage["preference model"].memory_gb
+
+    plain, branches = planned("shared_trunk"), planned("late_branching")
+    shape = shape_of(config_with(model={"kind": "pretrained", "path": "gpt2"}).model)
+    assert shape is not None
+    added = weights_gb(branched(shape, 12, 3)) - weights_gb(shape)
+    assert added > 1.5 * weights_gb(shape)  # 33 blocks beside 12
+    assert branches[1] - plain[1] == pytest.approx(added)
+    assert branches[0] - plain[0] > 4 * added  # weights, gradients, moments; and activations
+    together = planned("late_branching", "one_actor")[1] - planned("shared_trunk", "one_actor")[1]
+    assert together == pytest.approx(added)
+    assert planned("late_branching", lora={}) == planned("adapters", lora={})
 
 
 def test_lora_trains_few_parameters_in_float32() -> None:

@@ -76,6 +76,9 @@ def rank_process(rank: int, port: int, path: str, folder: str, lora: bool) -> No
         pass
     else:
         raise AssertionError("it should have died")
+    if lora and rank == 0:  # as a kill between the two renames of a later checkpoint leaves it
+        Path(folder, "killed", "checkpoint").rename(Path(folder, "killed", ".checkpoint.old"))
+    torch.distributed.barrier()
     resumed, again = train(path, Path(folder, "killed"), lora)
     resumed_weights = whole_weights(resumed)
     if rank == 0:

@@ -196,10 +196,11 @@ class TestBank:
         folders = adapter_folders(backbone(), tmp_path, topology)
         bank = AdapterBank.load(folders)
         whole = bank.score_folders(TEXTS)
-        some = bank.score_folders(TEXTS, [folders[2], folders[0]])
-        assert list(some) == [folders[2], folders[0]]
-        for folder, scores in some.items():
-            np.testing.assert_allclose(scores, whole[folder], atol=1e-5)
+        for wanted in ([folders[2], folders[0]], [folders[1], folders[2], folders[0]]):
+            some = bank.score_folders(TEXTS, wanted)
+            assert list(some) == wanted
+            for folder, scores in some.items():
+                np.testing.assert_allclose(scores, whole[folder], atol=1e-5)
 
     def test_adapters_of_late_branching_touch_the_last_block_alone(
         self, backbone: Backbone, tmp_path: Path

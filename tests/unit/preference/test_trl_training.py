@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,18 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
 
     monkeypatch.setattr(RewardTrainer, "compute_loss", limited)
     said: list[str] = []
-    parts, history = train(backbone(), tmp_path / "b", say=said.append)
+    lives: list[weakref.ref[Any]] = []
+
+    def build_alone() -> PreferenceModel:
+        assert [life() for life in lives] == [None] * len(lives)  # never two models in memory
+        model = builder(backbone())()
+        lives.append(weakref.ref(model.model))
+        return model
+
+    parts, history = train_with_trl(
+        build_alone, DATA, CONFIG, seed=9, checkpoint_dir=tmp_path / "b", say=said.append
+    )
+    assert len(lives) == 3
     assert [line.split("with ")[1][:7] for line in said] == ["4 pairs", "2 pairs"]
     np.testing.assert_allclose(
         [item.loss for item in history], [item.loss for item in expected], rtol=1e-4
@@ -220,6 +232,14 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
         (
             {"loss": "margin", "batch_size": 8, "microbatch_size": 3},
             "batch_size 8 is not a multiple of microbatch_size 3, as trainer 'trl' needs",
+        ),
+        (
+            {"loss": "margin", "train_tokens_per_batch": 512},
+            "trainer is 'trl', which knows no train_tokens_per_batch; remove train_tokens_per_batch, or write",
+        ),
+        (
+            {"loss": "margin", "last_block_at_end": True},
+            "trainer is 'trl', which knows no last_block_at_end; remove last_block_at_end, or write trainer: own",
         ),
     ],
 )

@@ -189,6 +189,37 @@ def test_without_judgements_there_is_no_ceiling(made):
     assert fit.notes == ("too few pairs with both human labels and judgements: no ceiling",)
 
 
+def contradicted(pairs):
+    """Differences of the same sizes, but people choose against every principle every time."""
+    return -(2.0 * pairs.labels_N - 1.0)[:, None] * np.abs(pairs.differences_NK)
+
+
+def test_a_judge_whom_people_contradict_costs_the_ceiling_alone(made):
+    odds = {
+        pair_id: dict(zip(made.weights.principles, row, strict=True))
+        for pair_id, row in zip(made.weights.pair_ids, contradicted(made.weights), strict=True)
+    }
+    config = CONFIG.model_copy(update={"nonnegative": True})
+    fit = fit_reward(dataclasses.replace(made, judge_odds=odds), config, seed=0)
+    assert fit.weights["source"] == "fitted"
+    assert fit.weights["ceiling"] is None
+    (note,) = fit.notes
+    assert note.startswith("no ceiling: reward.nonnegative leaves no principle a weight")
+
+
+def test_configured_weights_need_no_fit_that_nonnegative_forbids(made):
+    train = made.weights
+    train.scores_a_NK[:] = train.scores_b_NK + contradicted(train)
+    update = {"nonnegative": True, "weights": dict.fromkeys(train.principles, 1.0)}
+    fit = fit_reward(made, CONFIG.model_copy(update=update), seed=0)
+    assert fit.weights["source"] == "config"
+    assert fit.weights["coefficients"] == {}
+    assert fit.ablation.removed == []
+    assert [note.split(": ")[0] for note in fit.notes] == [
+        "no fit beside the configured weights, so no ablation"
+    ]
+
+
 def test_a_principle_on_which_the_judge_is_silent_leaves_the_ceiling_standing(made):
     odds = {pair_id: {**row, "bias": 0.0} for pair_id, row in made.judge_odds.items()}
     fit = fit_reward(dataclasses.replace(made, judge_odds=odds), CONFIG, seed=0)
