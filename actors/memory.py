@@ -142,8 +142,9 @@ def learner_gb(shape: ModelShape, policy: PolicyConfig, max_length: int) -> floa
     """Memory of one rank of the PPO learner with micro-batches of full length.
 
     Weights of policy, frozen reference (none with adapters: the base is it) and, where configured, a critic; what
-    `fsdp` gathers of them; gradients and two moments of what is trained; activations of one micro-batch, a critic's too; and of its response tokens the
-    log-softmax over the vocabulary with the logits that it is made from, 8 bytes each.
+    `fsdp` gathers of them; gradients and two moments of what is trained; activations of one micro-batch, a critic's
+    too; and of its response tokens the log-softmax over the vocabulary with the logits that it is made from, 8
+    bytes each.
     """
     shards = policy.learner_ranks if policy.fsdp else 1
     on_gpu = policy.learner_gpus_per_rank > 0
