@@ -4,6 +4,9 @@ Legend: P parameters, b bytes per weight (float32 4, bfloat16 2), T trainable pa
 V vocabulary, s sequences at once, l tokens per sequence, f shards (ranks or GPUs that divide the weights).
 
     weights           P*b / f
+    gathered (f > 1)  (2*V*w + 3*P/n)*b the embeddings, which stay whole, and three layers: one computed, one fetched
+                                        ahead, one message; of further copies the embeddings; where the model itself is
+                                        trained (2*V*w + 2*P/n)*b of gradients not yet divided; each at most P*b
     gradients, Adam   T*3*b_T / f       torch.optim.AdamW keeps its moments in the parameter's type; LoRA's are float32
     activations       s*l*n*17*w*b      Korthikanti et al. 2022 without the attention matrix (fused: never stored)
                       s*l*(n + 17)*w*b  with gradient checkpointing: a layer's inputs, plus one layer in full
@@ -154,9 +157,10 @@ def training_gb(
 def learner_gb(shape: ModelShape, policy: PolicyConfig, max_length: int) -> float:
     """Memory of one rank of the PPO learner with micro-batches of full length.
 
-    Weights of policy, frozen reference (none with adapters: the base is it) and, where configured, a critic; gradients
-    and two moments of what is trained; activations of one micro-batch, a critic's too; and of its response tokens the
-    log-softmax over the vocabulary with the logits that it is made from, 8 bytes each.
+    Weights of policy, frozen reference (none with adapters: the base is it) and, where configured, a critic; what
+    `fsdp` gathers of them; gradients and two moments of what is trained; activations of one micro-batch, a critic's
+    too; and of its response tokens the log-softmax over the vocabulary with the logits that it is made from, 8
+    bytes each.
     """
     shards = policy.learner_ranks if policy.fsdp else 1
     on_gpu = policy.learner_gpus_per_rank > 0
@@ -179,6 +183,7 @@ def learner_gb(shape: ModelShape, policy: PolicyConfig, max_length: int) -> floa
         scored = min(scored, policy.logprob_chunk_tokens)
     held = (
         copies * weights_gb(shape, shards)
+        + _gathered_gb(shape, policy, copies)
         + 3 * trained / shards / GB
         + (1 + int(policy.separate_critic)) * activations / GB
         + scored * shape.vocabulary_size * 8 / GB
@@ -186,6 +191,22 @@ def learner_gb(shape: ModelShape, policy: PolicyConfig, max_length: int) -> floa
     if on_gpu:
         return _with_overhead(held, on_gpu)
     return held * HOST_ALLOCATOR + LEARNER_PROCESS_GB
+
+
+def _gathered_gb(shape: ModelShape, policy: PolicyConfig, copies: int) -> float:
+    """What a sharded rank holds beside its slices while it computes; 0 where nothing is sharded. Not measured."""
+    if not policy.fsdp:
+        return 0.0
+    embeddings = 2 * shape.vocabulary_size * shape.width
+    layer = shape.num_parameters / shape.num_layers
+
+    def at_most_all(parameters: float) -> float:
+        return min(parameters, shape.num_parameters)
+
+    gathered = at_most_all(embeddings + 3 * layer) + (copies - 1) * at_most_all(embeddings)
+    if policy.lora is None or policy.separate_critic:
+        gathered += at_most_all(embeddings + 2 * layer)
+    return gathered * shape.bytes_per_weight / GB
 
 
 def generation_gb(shape: ModelShape, load: Load, *, shards: int = 1, on_gpu: bool = False) -> float:

@@ -126,7 +126,7 @@ class PPOLearnerActor:
 
     def gather_weights(self) -> None:
         """This rank's part in rank 0's `weights`; the result stays there."""
-        self._learner.weights()
+        self._learner.help_gather()
 
     def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
         """The same weights in pieces of at most `max_bytes`, each with its checksum; for `num_returns="streaming"`."""

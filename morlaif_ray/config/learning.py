@@ -252,11 +252,6 @@ class PolicyConfig(Section):
             raise ValueError(
                 "fsdp slices the model over learner_ranks, which is 1; write learner_ranks: 2 or more"
             )
-        if self.fsdp and self.lora is not None:
-            raise ValueError(
-                "fsdp and lora do not go together in this version; write fsdp: false (a rank then holds the whole "
-                "frozen base)"
-            )
         return self
 
 

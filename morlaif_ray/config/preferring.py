@@ -122,6 +122,21 @@ class PreferenceConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _several_workers_compute_in_step(self) -> PreferenceConfig:
+        """Sharded ranks gather weights in each forward: all must run as many, and through the whole trunk."""
+        if self.workers_per_trial > 1 and self.train_tokens_per_batch is not None:
+            raise ValueError(
+                f"workers_per_trial is {self.workers_per_trial}, and train_tokens_per_batch gives its workers unequal "
+                f"numbers of forwards, so they would wait for each other; leave it out, or write workers_per_trial: 1"
+            )
+        if self.workers_per_trial > 1 and self.last_block_at_end:
+            raise ValueError(
+                f"workers_per_trial is {self.workers_per_trial}, and last_block_at_end passes by the blocks that are "
+                f"sharded over its workers; write last_block_at_end: false, or workers_per_trial: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trl_has_hard_labels_and_one_head(self) -> PreferenceConfig:
         if self.trainer == "own":
             return self

@@ -32,7 +32,7 @@ from morlaif_ray.rl.measuring import find_bad_rows, measure
 from morlaif_ray.rl.optimisation import NotFinite, Optimisation
 from morlaif_ray.rl.policy_model import PolicyModel, ReferenceModel, TokenBatch
 from morlaif_ray.rl.ranks import Ranks
-from morlaif_ray.rl.sharding import shard, whole
+from morlaif_ray.rl.sharding import shard
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.tensor_ops import masked_mean
 from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch, UpdateMetrics
@@ -94,7 +94,7 @@ class PPOLearner:
         if config.lora is None:  # with adapters the base is the reference
             reference = ReferenceModel(
                 copy.deepcopy(model), config.temperature, config.logprob_chunk_tokens
-            ).to(self.device)
+            )
         # LoRA's A matrices are drawn from the global generator.
         torch.manual_seed(derive_seed(self.seed, "adapters"))
         policy = PolicyModel(
@@ -104,11 +104,12 @@ class PPOLearner:
             lora=config.lora,
             chunk_tokens=config.logprob_chunk_tokens,
             gradient_checkpointing=config.gradient_checkpointing,
-        ).to(self.device)
-        if config.fsdp:
-            shard(policy, self.device)
-            if reference is not None:
-                shard(reference, self.device)
+        )
+        for module in (policy, reference):
+            if module is not None and config.fsdp:
+                shard(module, self.device)  # and moves it there, part by part
+            elif module is not None:
+                module.to(self.device)
         return policy, reference
 
     # ------------------------------------------------------------ one step
@@ -226,20 +227,25 @@ class PPOLearner:
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """The policy's weights by plain parameter name, as float32 arrays for the rollout workers."""
-        merged = self.policy.merged_weights().items()
-        return {name: whole(weight).float().cpu().numpy() for name, weight in merged}
+        return {name: w.float().cpu().numpy() for name, w in self.policy.merged_weights()}
+
+    def help_gather(self) -> None:
+        """A sharded rank's part in another rank's `weights`, of which it keeps nothing."""
+        for _ in self.policy.merged_weights():
+            pass
 
     def save(self, folder: Path) -> None:
         """Writes the policy as a Hugging Face folder (rank 0; sharded ranks must all call)."""
-        if not self.config.fsdp:
-            if self.ranks.rank == 0:
-                save_pretrained(self.policy.plain_model(), self.tokenizer, folder)
+        if self.ranks.rank != 0:
+            if self.config.fsdp:
+                self.help_gather()
             return
-        full = {name: whole(p.detach()).cpu() for name, p in self.policy.model.named_parameters()}
-        if self.ranks.rank == 0:
+        plain = self.policy.model
+        if self.config.fsdp or self.policy.has_adapters:
+            full = {name: weight.cpu() for name, weight in self.policy.merged_weights()}
             plain = load_causal_lm(self._model_path, dtype=str(next(iter(full.values())).dtype)[6:])
-            plain.load_state_dict(full, strict=False)
-            save_pretrained(plain, self.tokenizer, folder)
+            plain.load_state_dict(full, strict=False)  # tied weights are named once
+        save_pretrained(plain, self.tokenizer, folder)
 
     def save_checkpoint(self, folder: Path) -> None:
         """Everything that the next step depends on, published atomically (rank 0; sharded ranks must all call)."""

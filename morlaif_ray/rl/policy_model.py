@@ -7,6 +7,8 @@ Legend: B responses, L sequence tokens, T response tokens, N real response token
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from morlaif_ray.config.inputs import LoraConfig
+from morlaif_ray.rl.lora_merging import merged_parameters
+from morlaif_ray.rl.sharding import decoder_layers, whole
 from morlaif_ray.rl.token_head import HeadSettings, head_logprobs
 from morlaif_ray.tensor_ops import entropy, response_positions, token_logprobs
 
@@ -120,8 +124,10 @@ class PolicyModel(nn.Module):
     def reference_logprobs(self, batch: TokenBatch, reference: nn.Module | None) -> Tensor:
         """The same under the reference: a frozen model, or the base with its adapters switched off."""
         if reference is None:
-            with self.model.disable_adapter():
-                return self.logprobs(batch)
+            with _without_adapters(self.model):
+                # The whole module's forward, not a part of it: a sharded model gathers its weights there.
+                made: Tensor = self(batch, with_values=False)[0]
+            return made
         logprobs_BT: Tensor = reference(batch)
         return logprobs_BT
 
@@ -132,18 +138,16 @@ class PolicyModel(nn.Module):
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
 
-    def merged_weights(self) -> dict[str, Tensor]:
-        """The policy's weights under the plain model's parameter names (adapters merged in a copy)."""
-        if not self.has_adapters:
-            return {name: p.detach() for name, p in self.model.named_parameters()}
-        merged = copy.deepcopy(self.model).merge_and_unload()
-        return {name: p.detach() for name, p in merged.named_parameters()}
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights under the plain model's parameter names, whole, adapters merged; one at a time.
 
-    def plain_model(self) -> Any:
-        """The policy as a plain causal LM, for saving."""
+        Where the model is sharded every rank must go through all of them: each is gathered when it is asked for.
+        """
         if self.has_adapters:
-            return copy.deepcopy(self.model).merge_and_unload()
-        return self.model
+            yield from merged_parameters(self.model)
+            return
+        for name, parameter in self.model.named_parameters():
+            yield name, whole(parameter.detach())
 
 
 class ReferenceModel(nn.Module):
@@ -223,11 +227,20 @@ def _checkpoint_layers(model: Any) -> None:
         layer.training = True
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformers model, in order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
+@contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    """PEFT's adapters switched off. Not `disable_adapter`, which also takes their `requires_grad` away for that time:
+    FSDP2 copies it when it first gathers a weight, and the adapters would never learn."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:

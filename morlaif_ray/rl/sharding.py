@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from morlaif_ray.rl.policy_model import decoder_layers
-
 
 def shard(module: nn.Module, device: str) -> None:
-    """Shards a module in place over all ranks: its decoder layers one by one, then what is left (embeddings, heads)."""
+    """Shards a module in place over all ranks: its decoder layers one by one, then what is left (embeddings, heads).
+
+    The module may lie on the CPU: each part moves to the rank's device as it is sharded, so that no device ever holds
+    the whole model. A value head is a part of its own, being float32 beside weights that may be bfloat16: FSDP2 trains
+    one type per part.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -22,7 +25,17 @@ def shard(module: nn.Module, device: str) -> None:
     mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
     for layer in decoder_layers(module):
         fully_shard(layer, mesh=mesh)
+    value_head = getattr(module, "value_head", None)
+    if value_head is not None:
+        fully_shard(value_head, mesh=mesh)
     fully_shard(module, mesh=mesh)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformers model, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def whole(tensor: Tensor) -> Tensor:

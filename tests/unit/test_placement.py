@@ -291,6 +291,7 @@ def learner(**policy: Any) -> float:
 
 # 32 rows * 256 tokens * 17*2 layer inputs * 1024 * 2 bytes; 32*128 scored tokens * 1024 words * 8 bytes
 ACTIVATIONS, HEAD = 0.53125, 0.03125
+EMBEDDINGS = 2 * 1024 * 1024 * 2 / GB
 
 
 @pytest.mark.parametrize(
@@ -304,11 +305,32 @@ ACTIVATIONS, HEAD = 0.53125, 0.03125
         ({"logprob_chunk_tokens": 1024}, 10 + ACTIVATIONS + HEAD / 4),
         ({"gradient_checkpointing": True}, 10 + ACTIVATIONS * 19 / 34 + HEAD),
         ({"learner_ranks": 2}, 10 + (ACTIVATIONS + HEAD) / 2),  # each rank holds the whole model
-        ({"learner_ranks": 2, "fsdp": True}, 5 + (ACTIVATIONS + HEAD) / 2),
+        # Slices; all of two layers gathered, their gradients; of the reference 2 * 1024 * 1024 weights of embeddings.
+        (
+            {"learner_ranks": 2, "fsdp": True},
+            5 + 2 + 2 + EMBEDDINGS + (ACTIVATIONS + HEAD) / 2,
+        ),
+        # With adapters neither a reference nor gradients of the base.
+        (
+            {"learner_ranks": 2, "fsdp": True, "lora": {"rank": 8}},
+            1 + 2 + 18 * 8 * 2 * 1024 * 12 / 2 / GB + (ACTIVATIONS + HEAD) / 2,
+        ),
     ],
 )
 def test_a_learner_rank_holds_what_its_config_says(policy: dict[str, Any], expected: float) -> None:
     assert learner(**policy) == pytest.approx(expected)
+
+
+def test_a_sharded_rank_of_a_deep_model_gathers_three_layers_at_once() -> None:
+    deep = ModelShape(68.977e9, 80, 8192, 32000, 2)
+    policy = PolicyConfig(
+        learner_ranks=8, fsdp=True, lora=LoraConfig(rank=8), microbatch_size=1, max_new_tokens=1
+    )
+    whole, layer = 68.977e9 * 2 / GB, 68.977e9 * 2 / 80 / GB
+    embeddings = 2 * 32000 * 8192 * 2 / GB
+    activations = 512 * 17 * 80 * 8192 * 2 / GB
+    expected = whole / 8 + 3 * layer + embeddings + activations
+    assert (learner_gb(deep, policy, 512) - 0.5) / 1.05 == pytest.approx(expected, rel=0.01)
 
 
 def test_generation_holds_weights_and_the_kv_cache() -> None:

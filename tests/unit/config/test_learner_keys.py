@@ -31,10 +31,6 @@ pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
             "a minibatch of 2 responses is too small for learner_ranks 3; raise batch_size",
         ),
         ({"fsdp": True}, "fsdp slices the model over learner_ranks, which is 1"),
-        (
-            {"fsdp": True, "learner_ranks": 2, "lora": {"rank": 4}},
-            "fsdp and lora do not go together in this version; write fsdp: false",
-        ),
         ({"importance_cap": 0.0}, "importance_cap"),
         ({"schedule": "step"}, "schedule"),
     ],
@@ -53,6 +49,7 @@ def test_what_does_not_fit_together_is_refused(policy: dict[str, Any], message: 
         {"advantage": "grpo", "samples_per_prompt": 2, "importance_cap": 2.0},
         {"learner_ranks": 2, "fsdp": True, "separate_critic": True},
         {"learner_ranks": 2, "lora": {"rank": 4}},
+        {"learner_ranks": 2, "lora": {"rank": 4}, "fsdp": True},
         {"microbatch_tokens": 4096, "logprob_chunk_tokens": 512, "schedule": "cosine"},
     ],
 )

@@ -138,6 +138,28 @@ def test_trl_trains_in_one_process() -> None:
         parse_config({"preference": settings}, "here")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"train_tokens_per_batch": 4096},
+            "train_tokens_per_batch gives its workers unequal numbers of forwards, so they would wait for each other; "
+            "leave it out, or write workers_per_trial: 1",
+        ),
+        (
+            {"last_block_at_end": True},
+            "last_block_at_end passes by the blocks that are sharded over its workers; write last_block_at_end: false",
+        ),
+    ],
+)
+def test_several_workers_must_compute_in_step(settings: dict[str, Any], message: str) -> None:
+    assert parse_config({"preference": settings}, "here").preference.workers_per_trial == 1
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"preference": {**settings, "workers_per_trial": 2}}, "here")
+    assert f"workers_per_trial is 2, and {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 if __name__ == "__main__":
     rank_process(
         int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5] == "lora"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl import PPOLearner
@@ -31,7 +32,11 @@ def main(job_file: str, rank: int) -> None:
     job = json.loads(Path(job_file).read_text())
     config = PolicyConfig(**job["config"])
     ranks = join_ranks(rank, job["size"], job["address"], "cpu", 60.0)
-    learner = PPOLearner(job["model"], config, seed=SEED, ranks=ranks)
+    learner = PPOLearner(
+        job["model"], config, seed=SEED, ranks=ranks, dtype=job.get("dtype", "float32")
+    )
+    if config.fsdp:  # the frozen base too
+        assert all(isinstance(p, DTensor) for p in learner.policy.parameters())
     if job["restore"]:
         assert learner.load_checkpoint(Path(job["checkpoint"]))
     metrics = []

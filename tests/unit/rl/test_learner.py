@@ -496,6 +496,12 @@ class TestLora:
     ) -> None:
         learner = PPOLearner(gpt2, self.CONFIG, seed=0)
         learner.update(batch(0), REWARDS[0])
+        merged = copy.deepcopy(learner.policy.model).merge_and_unload()
+        torch.testing.assert_close(
+            dict(learner.policy.merged_weights()),
+            {name: p.detach() for name, p in merged.named_parameters()},
+            rtol=1e-6, atol=1e-7,
+        )  # fmt: skip
         plain = PPOLearner(gpt2, CONFIG, seed=0)
         names = dict(plain.policy.model.named_parameters())
         weights = learner.weights()

@@ -23,7 +23,11 @@ from morlaif_ray.rl.ranks import Ranks, _buckets
 from tests.unit.rl.conftest import make_batch
 from tests.unit.rl.rank_worker import SEED, rewards_of
 
-pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out"),  # PEFT, about GPT-2's Conv1D
+]
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 WAIT_S = 240.0
@@ -100,6 +104,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kept_forward": {"microbatch_size": 64},  # the evaluation is the first forward pass
     "critic": {"separate_critic": True, "num_minibatches": 1},
     "sharded": {"fsdp": True},
+    "sharded_lora": {"fsdp": True, "lora": {"rank": 3, "alpha": 6}},
+    "sharded_lora_checkpointed": {
+        "fsdp": True,
+        "lora": {"rank": 2},
+        "gradient_checkpointing": True,
+    },
     "grpo": {"advantage": "grpo", "samples_per_prompt": 2, "batch_size": 8},
 }
 
@@ -132,9 +142,9 @@ def test_two_ranks_equal_one(gpt2: str, tmp_path: Path, variant: str) -> None:
         np.testing.assert_array_equal(value, weights[name], err_msg=name)
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_ranks_resume_to_the_same_bits(gpt2: str, tmp_path: Path, fsdp: bool) -> None:
-    config = {**CONFIG, "learner_ranks": 2, "fsdp": fsdp}
+@pytest.mark.parametrize("variant", ["whole", "sharded", "sharded_lora"])
+def test_two_ranks_resume_to_the_same_bits(gpt2: str, tmp_path: Path, variant: str) -> None:
+    config = {**CONFIG, **VARIANTS[variant], "learner_ranks": 2}
 
     def run(name: str, start: int, stop: int, checkpoint: str, restore: bool) -> dict[str, Any]:
         made = run_two(
@@ -153,6 +163,29 @@ def test_two_ranks_resume_to_the_same_bits(gpt2: str, tmp_path: Path, fsdp: bool
     resumed = run("second", 1, 3, "checkpoint", True)
     for name, value in whole.items():
         np.testing.assert_array_equal(value, resumed[name], err_msg=name)
+
+
+@pytest.mark.parametrize("variant", ["sharded", "sharded_lora"])
+def test_sharded_ranks_hold_bfloat16_beside_a_float32_value_head(
+    model_path: Callable[[str], str], tmp_path: Path, variant: str
+) -> None:
+    made = run_two(
+        tmp_path / "two",
+        model=model_path("llama_untied"),
+        config={**CONFIG, **VARIANTS[variant], "learner_ranks": 2},
+        dtype="bfloat16",
+        start=0,
+        stop=1,
+        checkpoint=str(tmp_path / "checkpoint"),
+    )
+    (weights, metrics), (other_weights, _) = made
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, other_weights[name], err_msg=name)
+    assert metrics[0]["grad_norm"] > 0.0
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
+    assert saved.dtype == torch.bfloat16
+    for name, parameter in saved.named_parameters():
+        np.testing.assert_array_equal(parameter.detach().float().numpy(), weights[name])
 
 
 def test_buckets_are_of_bounded_size_and_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
