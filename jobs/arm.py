@@ -12,7 +12,7 @@ import numpy as np
 from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool, join_batches
-from actors.supervision import cause_of, one_line
+from actors.supervision import cause_of, lost_errors, one_line
 from jobs.arm_record import ArmRecord
 from jobs.arm_scoring import ArmScorer, PanelStream, ScoredBatch
 from jobs.context import JobContext
@@ -222,7 +222,7 @@ class Arm:
             raise cause_of(error) from None
         except ray.exceptions.GetTimeoutError:
             self._restore_learner(f"no answer to {method} in {timeout_s:.0f} s")
-        except ray.exceptions.RayActorError as error:
+        except lost_errors() as error:
             self._restore_learner(one_line(error))
         raise LearnerWentBack
 
@@ -261,7 +261,7 @@ class Arm:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise cause_of(error) from None
-        except ray.exceptions.RayActorError as error:
+        except lost_errors() as error:
             raise ActorLostError(
                 f"arm '{self.config.name}': the learner did not start: {one_line(error)}"
             ) from None
