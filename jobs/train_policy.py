@@ -80,6 +80,13 @@ def check_supported(context: JobContext) -> None:
             "policy.rollout_gpus_per_worker and policy.learner_gpus_per_rank are at most 1 in this version: a process "
             "uses one GPU"
         )
+    model = context.config.model
+    if policy.lora is None and model.kind != "scratch" and model.dtype == "bfloat16":
+        # AdamW adds to the weights where they are: a step below 1/256 of a weight is rounded away.
+        raise ConfigError(
+            "policy: bfloat16 weights are too coarse for AdamW; write model.dtype: float32 with policy.bf16_autocast: "
+            "true, or policy.lora"
+        )
 
 
 def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Event) -> None:
