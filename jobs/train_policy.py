@@ -13,15 +13,17 @@ import shutil
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 from actors.engines import check_engine, engine_extra
 from jobs.arm import Arm, ArmStopped, LearnerWentBack
 from jobs.checks import check_policy_prompts, remote_address
 from jobs.context import JobContext
 from jobs.progress import Task
+from jobs.rollouts_ahead import Batch
 from jobs.tracking import PrometheusGauges, open_tracker
 from morlaif_ray.config.learning import ArmConfig
-from morlaif_ray.errors import ConfigError
+from morlaif_ray.errors import ActorLostError, ConfigError
 
 STAGE = "5_policy"
 STOP_TIMEOUT_S = 120.0
@@ -104,9 +106,7 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
                 arm.finish()
                 break
             started = time.monotonic()
-            if policy.parity_every and step % policy.parity_every == 0:
-                arm.check_parity(step)
-            batch, scored = arm.ahead.take(step)
+            batch, scored = _next_batch(arm, step)
             if step + 1 < arm.num_steps:
                 arm.ahead.begin(step + 1)
             metrics = arm.update(step, batch, scored)
@@ -130,6 +130,19 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
             task.advance(arm.step - step)
             step = arm.step
     tracker.close()
+
+
+def _next_batch(arm: Arm, step: int) -> Batch:
+    """The parity check and the batch of this step. Where an actor is lost for good, the steps so far are kept."""
+    parity_every = arm.context.config.policy.parity_every
+    try:
+        if parity_every and step % parity_every == 0:
+            arm.check_parity(step)
+        return arm.ahead.take(step)
+    except ActorLostError:
+        with suppress(Exception):  # what was lost is the cause to show
+            arm.checkpoint()
+        raise
 
 
 def _run_concurrently(arms: list[ArmConfig], train, num_concurrent: int) -> None:  # type: ignore[no-untyped-def]
