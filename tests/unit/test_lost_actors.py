@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from actors.supervision import SupervisedActor, call
+from jobs import train_policy
 from jobs.arm import Arm, LearnerWentBack
 from morlaif_ray.errors import ActorLostError
 
@@ -16,7 +17,7 @@ ray = pytest.importorskip("ray")
 
 pytestmark = pytest.mark.unit
 LOST = [
-    ray.exceptions.ActorDiedError("gone"),
+    ray.exceptions.ActorDiedError(),
     ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."),
     ray.exceptions.ActorUnschedulableError("no node has a GPU"),
 ]
@@ -107,7 +108,53 @@ def test_a_learner_is_restored_after_every_kind_of_loss(error: Exception) -> Non
 
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
-def test_a_learner_lost_at_its_first_start_is_named(error: Exception) -> None:
+def test_a_learner_lost_at_its_first_start_is_named(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arm = arm_with(Handle(error))
+    monkeypatch.setattr("jobs.arm.RolloutPool", lambda *arguments: None)
+    monkeypatch.setattr("jobs.arm.sft_model_path", lambda context: "unused")
+    arm._spawn_learner = lambda: arm._learner
+    arm.context.config.policy.num_rollout_workers = 1
     with pytest.raises(ActorLostError, match=r"^arm 'linear': the learner did not start: "):
-        arm._adopt_learner()
+        arm.start()
+
+
+def test_a_learner_lost_in_its_restart_is_started_again_within_the_budget() -> None:
+    lost, silent = LOST[0], ray.exceptions.GetTimeoutError()
+    arm = arm_with(Handle(lost), Handle(lost), Handle(silent), Handle(6, []), budget=3)
+    with pytest.raises(LearnerWentBack):
+        arm._ask("update")
+    assert (arm.step, arm.went_back, arm._restarts) == (6, [6], 3)
+    assert "learner lost (did not start in 1 s; " in arm.said[2]
+    arm = arm_with(Handle(lost), Handle(lost), Handle(lost), budget=2)
+    with pytest.raises(
+        ActorLostError, match=r"the learner died 3 times \(last: did not start: .*max_restarts is 2"
+    ):
+        arm._ask("update")
+
+
+@pytest.mark.parametrize("fails", ["check_parity", "take"])
+def test_the_steps_so_far_are_kept_when_rollouts_or_panel_are_lost_for_good(fails: str) -> None:
+    did: list[str] = []
+
+    def verb(name: str) -> Any:
+        def act(*arguments: Any) -> None:
+            did.append(name)
+            if name == fails:
+                raise ActorLostError("panel died 3 times")
+            if name == "checkpoint":
+                raise OSError("no space left")  # must not hide the cause
+
+        return act
+
+    policy = SimpleNamespace(parity_every=1)
+    arm: Any = SimpleNamespace(
+        context=SimpleNamespace(config=SimpleNamespace(policy=policy)),
+        check_parity=verb("check_parity"),
+        ahead=SimpleNamespace(take=verb("take")),
+        checkpoint=verb("checkpoint"),
+    )
+    with pytest.raises(ActorLostError, match="panel died 3 times"):
+        train_policy._next_batch(arm, 7)
+    assert did[-2:] == [fails, "checkpoint"]
