@@ -39,7 +39,7 @@ def test_a_disk_that_is_full_while_the_log_is_shortened_costs_no_row(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(Exception, match="[Ss]pace"):
+        with pytest.raises(Exception, match=r"[Ss]pace"):
             record_in(tmp_path).go_back(2)
     assert (tmp_path / METRICS_LOG).read_text() == before
     record_in(tmp_path).go_back(2)
