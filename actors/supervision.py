@@ -67,7 +67,7 @@ class SupervisedActor:
                     f"{self.name}: not started after {self._start_timeout_s:.0f} s; the cluster may lack free CPUs or "
                     f"GPUs ('morlaif plan' says what is needed), or raise cluster.start_timeout_s"
                 ) from None
-            except ray.exceptions.RayActorError as error:
+            except lost_errors() as error:
                 raise ActorLostError(f"{self.name} did not start: {one_line(error)}") from None
             self._ready = True
 
@@ -99,7 +99,7 @@ class SupervisedActor:
                     ray.get(fresh.ping.remote(), timeout=self._start_timeout_s)
                     if self._after_start is not None:
                         self._after_start(fresh)
-                except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                except (*lost_errors(), ray.exceptions.GetTimeoutError) as error:
                     ray.kill(fresh)
                     cause = one_line(error)
                     continue
@@ -174,9 +174,17 @@ def _collect(call: Call, reference: Any, handle: Any) -> tuple[bool, Any]:
         call.actor.revive(
             handle, f"no answer to {call.method} in {call.actor.call_timeout_s:.0f} s"
         )
-    except ray.exceptions.RayActorError as error:
+    except lost_errors() as error:
         call.actor.revive(handle, one_line(error))
     return False, None
+
+
+def lost_errors() -> tuple[type[Exception], ...]:
+    """What Ray raises for a call to an actor that is gone. A kill by its memory monitor is no RayActorError."""
+    import ray
+
+    raised = ray.exceptions
+    return (raised.RayActorError, raised.OutOfMemoryError, raised.ActorUnschedulableError)
 
 
 def cause_of(error: Any) -> BaseException:

@@ -12,7 +12,7 @@ import numpy as np
 from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool, join_batches
-from actors.supervision import cause_of, one_line
+from actors.supervision import cause_of, lost_errors, one_line
 from jobs.arm_record import ArmRecord
 from jobs.arm_scoring import ArmScorer, PanelStream, ScoredBatch
 from jobs.context import JobContext
@@ -36,6 +36,28 @@ class ArmStopped(Exception):
 
 class LearnerWentBack(Exception):
     """The learner was lost; it and the rollout workers are back at the last checkpoint: go on from `arm.step`."""
+
+
+class _NotStartedError(Exception):
+    """The learner did not come up; the message is the cause."""
+
+
+def _started(learner: Any, timeout_s: float) -> tuple[int, list[str]]:
+    """Waits for a learner; its step count and notes. _NotStartedError where it does not come up."""
+    import ray
+
+    try:
+        step = ray.get(learner.ping.remote(), timeout=timeout_s)
+        return step, ray.get(learner.notes.remote(), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise _NotStartedError(
+            f"did not start in {timeout_s:.0f} s; the cluster may lack free CPUs or GPUs ('morlaif plan'), or raise "
+            f"cluster.start_timeout_s"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        raise cause_of(error) from None
+    except lost_errors() as error:
+        raise _NotStartedError(f"did not start: {one_line(error)}") from None
 
 
 class Arm:
@@ -81,7 +103,10 @@ class Arm:
             config.policy.num_rollout_workers,
             self.context.reporter.line,
         )
-        self._adopt_learner()
+        try:
+            self._adopt_learner()
+        except _NotStartedError as error:
+            raise ActorLostError(f"arm '{self.config.name}': the learner {error}") from None
         if self.step:
             with suppress(LearnerWentBack):
                 self._rollouts.load_weights(self._new_weights(), self.step)
@@ -222,7 +247,7 @@ class Arm:
             raise cause_of(error) from None
         except ray.exceptions.GetTimeoutError:
             self._restore_learner(f"no answer to {method} in {timeout_s:.0f} s")
-        except ray.exceptions.RayActorError as error:
+        except lost_errors() as error:
             self._restore_learner(one_line(error))
         raise LearnerWentBack
 
@@ -248,23 +273,7 @@ class Arm:
 
     def _adopt_learner(self) -> None:
         """Waits for the learner, takes its step count, and brings the log to the same step."""
-        import ray
-
-        timeout_s = self.context.config.cluster.start_timeout_s
-        try:
-            self.step = ray.get(self._learner.ping.remote(), timeout=timeout_s)
-            notes = ray.get(self._learner.notes.remote(), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise ActorLostError(
-                f"arm '{self.config.name}': the learner did not start in {timeout_s:.0f} s; the cluster may lack "
-                f"free CPUs or GPUs ('morlaif plan'), or raise cluster.start_timeout_s"
-            ) from None
-        except ray.exceptions.RayTaskError as error:
-            raise cause_of(error) from None
-        except ray.exceptions.RayActorError as error:
-            raise ActorLostError(
-                f"arm '{self.config.name}': the learner did not start: {one_line(error)}"
-            ) from None
+        self.step, notes = _started(self._learner, self.context.config.cluster.start_timeout_s)
         for note in notes:
             self.context.reporter.line(f"  arm {self.config.name}: {note}")
         self._record.go_back(self.step)
@@ -274,18 +283,24 @@ class Arm:
         import ray
 
         budget = self.context.config.policy.max_restarts
-        ray.kill(self._learner)
-        if self._restarts >= budget:
-            raise ActorLostError(
-                f"arm '{self.config.name}': the learner died {self._restarts + 1} times (last: {cause}); "
-                f"policy.max_restarts is {budget}; the same command resumes from the last checkpoint"
+        while True:
+            ray.kill(self._learner)
+            if self._restarts >= budget:
+                raise ActorLostError(
+                    f"arm '{self.config.name}': the learner died {self._restarts + 1} times (last: {cause}); "
+                    f"policy.max_restarts is {budget}; the same command resumes from the last checkpoint"
+                )
+            self._restarts += 1
+            self.ahead.drop()
+            self.context.reporter.line(
+                f"  arm {self.config.name}: learner lost ({cause}); going back to its last checkpoint"
             )
-        self._restarts += 1
-        self.ahead.drop()
-        self.context.reporter.line(
-            f"  arm {self.config.name}: learner lost ({cause}); going back to its last checkpoint"
-        )
-        self._learner = self._spawn_learner()
-        self._adopt_learner()
+            self._learner = self._spawn_learner()
+            try:
+                self._adopt_learner()
+            except _NotStartedError as error:
+                cause = str(error)
+                continue
+            break
         with suppress(LearnerWentBack):  # lost once more: the inner call has restored everything
             self._rollouts.load_weights(self._new_weights(), self.step)

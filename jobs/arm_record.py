@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from jobs.context import JobContext
-from morlaif_ray.artifacts import write_json, write_table
+from morlaif_ray.artifacts import explain_os_errors, write_json, write_table
 from morlaif_ray.config.learning import ArmConfig
+from morlaif_ray.errors import ArtifactError
 from morlaif_ray.types import FloatArray
 
 METRICS_LOG = "metrics.jsonl"
@@ -42,12 +43,27 @@ class ArmRecord:
         """Forgets the rows after `step`: those steps will be run again."""
         log = self._work / METRICS_LOG
         self._rows = [row for row in _read_log(log) if row["step"] <= step]
-        log.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
+        # Beside the log and then over it: a kill or a full disk in between must not cost the rows.
+        partial = log.with_suffix(".partial")
+        with explain_os_errors(log):
+            text = "".join(json.dumps(row) + "\n" for row in self._rows)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(log)
 
     def publish(self, sft_reward: FloatArray) -> dict[str, Any]:
-        """Writes `metrics.parquet` and `summary.json` and returns the latter; `sft_reward` gives its unit."""
+        """Writes `metrics.parquet` and `summary.json` and returns the latter; `sft_reward` gives its unit.
+
+        ArtifactError where the log lacks a step: a curve with a gap is not published.
+        """
+        steps = [int(row["step"]) for row in self._rows]
+        if steps != list(range(1, self._num_steps + 1)):
+            missing = sorted(set(range(1, self._num_steps + 1)) - set(steps))
+            gap = f"no row of step {missing[0]}" if missing else "a step has two rows"
+            raise ArtifactError(
+                f"{self._work / METRICS_LOG}: {gap}; remove {self._work} to begin this arm again"
+            )
         columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
-        columns["step"] = [int(step) for step in columns["step"]]
+        columns["step"] = steps
         write_table(self._work / "metrics.parquet", columns)
         summary = self._summary(sft_reward)
         write_json(self._work / "summary.json", summary)

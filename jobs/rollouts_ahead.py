@@ -103,8 +103,12 @@ class RolloutsAhead:
         assert self._next[0] == step, f"a batch of step {self._next[0]} at a checkpoint of {step}"
         save_in_flight(self._path(step), self._next[1].result())
         known = sorted(self._folder.glob("*.npz"), key=lambda path: int(path.stem))
+        # The best checkpoint is kept however old it is: its batch must be there to go on from it.
+        older = [path.suffix[1:] for path in self._folder.parent.glob("checkpoint.*")]
+        kept = {int(step) for step in older if step.isdigit()}
         for path in known[: -self._num_kept]:
-            path.unlink()
+            if int(path.stem) not in kept:
+                path.unlink()
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step}.npz"

@@ -13,15 +13,17 @@ import shutil
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 from actors.engines import check_engine, engine_extra
 from jobs.arm import Arm, ArmStopped, LearnerWentBack
 from jobs.checks import check_policy_prompts, remote_address
 from jobs.context import JobContext
 from jobs.progress import Task
+from jobs.rollouts_ahead import Batch
 from jobs.tracking import PrometheusGauges, open_tracker
 from morlaif_ray.config.learning import ArmConfig
-from morlaif_ray.errors import ConfigError
+from morlaif_ray.errors import ActorLostError, ConfigError
 
 STAGE = "5_policy"
 STOP_TIMEOUT_S = 120.0
@@ -80,6 +82,13 @@ def check_supported(context: JobContext) -> None:
             "policy.rollout_gpus_per_worker and policy.learner_gpus_per_rank are at most 1 in this version: a process "
             "uses one GPU"
         )
+    model = context.config.model
+    if policy.lora is None and model.kind != "scratch" and model.dtype == "bfloat16":
+        # AdamW adds to the weights where they are: a step below 1/256 of a weight is rounded away.
+        raise ConfigError(
+            "policy: bfloat16 weights are too coarse for AdamW; write model.dtype: float32 with policy.bf16_autocast: "
+            "true, or policy.lora"
+        )
 
 
 def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Event) -> None:
@@ -97,9 +106,7 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
                 arm.finish()
                 break
             started = time.monotonic()
-            if policy.parity_every and step % policy.parity_every == 0:
-                arm.check_parity(step)
-            batch, scored = arm.ahead.take(step)
+            batch, scored = _next_batch(arm, step)
             if step + 1 < arm.num_steps:
                 arm.ahead.begin(step + 1)
             metrics = arm.update(step, batch, scored)
@@ -123,6 +130,19 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
             task.advance(arm.step - step)
             step = arm.step
     tracker.close()
+
+
+def _next_batch(arm: Arm, step: int) -> Batch:
+    """The parity check and the batch of this step. Where an actor is lost for good, the steps so far are kept."""
+    parity_every = arm.context.config.policy.parity_every
+    try:
+        if parity_every and step % parity_every == 0:
+            arm.check_parity(step)
+        return arm.ahead.take(step)
+    except ActorLostError:
+        with suppress(Exception):  # what was lost is the cause to show
+            arm.checkpoint()
+        raise
 
 
 def _run_concurrently(arms: list[ArmConfig], train, num_concurrent: int) -> None:  # type: ignore[no-untyped-def]

@@ -172,6 +172,17 @@ def test_files_of_old_checkpoints_go_and_a_missing_or_damaged_one_is_named(tmp_p
         load_in_flight(folder / "11.npz")
 
 
+def test_the_batch_of_a_checkpoint_that_is_kept_as_the_best_stays(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.00000001").mkdir()  # the name that the learner gives it
+    rollouts = ahead(Sampler(), tmp_path / "in_flight")
+    for step in range(1, 5):
+        rollouts._next = None
+        rollouts.begin(step)
+        rollouts.save(step)
+    names = sorted(path.name for path in (tmp_path / "in_flight").iterdir())
+    assert names == ["1.npz", "3.npz", "4.npz"]
+
+
 def test_a_batch_survives_the_disk_bit_for_bit(tmp_path: Path) -> None:
     batch = make_batch(4, version=3)
     save_in_flight(tmp_path / "4.npz", batch)

@@ -1,0 +1,160 @@
+"""Which errors of Ray count as a lost actor, and what is done then; Ray itself is not started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.supervision import SupervisedActor, call
+from jobs import train_policy
+from jobs.arm import Arm, LearnerWentBack
+from morlaif_ray.errors import ActorLostError
+
+ray = pytest.importorskip("ray")
+
+pytestmark = pytest.mark.unit
+LOST = [
+    ray.exceptions.ActorDiedError(),
+    ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."),
+    ray.exceptions.ActorUnschedulableError("no node has a GPU"),
+]
+
+
+class Handle:
+    """An actor handle whose answers are known beforehand: an error is raised by `ray.get`, all else returned."""
+
+    def __init__(self, *answers: Any) -> None:
+        self._answers = list(answers)
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: self._answers.pop(0))
+
+
+@pytest.fixture(autouse=True)
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Handles that were killed."""
+
+    def get(reference: Any, timeout: float | None = None) -> Any:
+        if isinstance(reference, Exception):
+            raise reference
+        return reference
+
+    handles: list[Any] = []
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", handles.append)
+    return handles
+
+
+def supervised(*handles: Handle) -> SupervisedActor:
+    left = list(handles)
+    return SupervisedActor(
+        "panel", lambda: left.pop(0), max_restarts=2, start_timeout_s=1.0, call_timeout_s=1.0
+    )
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_a_call_is_repeated_after_every_kind_of_loss(error: Exception) -> None:
+    actor = supervised(
+        Handle(error), Handle(error), Handle(0, 16)
+    )  # lost, lost at its start, sound
+    assert call(actor, "score") == 16
+    assert actor.num_restarts == 2
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_an_actor_lost_at_its_first_start_is_named(error: Exception) -> None:
+    with pytest.raises(ActorLostError, match=r"^panel did not start: "):
+        supervised(Handle(error)).wait_ready()
+
+
+def arm_with(*learners: Handle, budget: int = 2) -> Any:
+    """As much of an arm as asks and restores a learner; `said` and `record` tell what it did."""
+    arm: Any = Arm.__new__(Arm)
+    said: list[str] = []
+    went_back: list[int] = []
+    left = list(learners)
+    arm.__dict__.update(
+        context=SimpleNamespace(
+            config=SimpleNamespace(
+                policy=SimpleNamespace(max_restarts=budget, call_timeout_s=1.0),
+                cluster=SimpleNamespace(start_timeout_s=1.0),
+            ),
+            reporter=SimpleNamespace(line=said.append),
+        ),
+        config=SimpleNamespace(name="linear"),
+        work=Path("unused"),
+        ahead=SimpleNamespace(drop=lambda: None),
+        said=said,
+        went_back=went_back,
+        _record=SimpleNamespace(go_back=went_back.append),
+        _rollouts=SimpleNamespace(load_weights=lambda weights, step: None),
+        _new_weights=lambda: [],
+        _spawn_learner=lambda: left.pop(0),
+        _restarts=0,
+        _learner=left.pop(0),
+    )
+    return arm
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_a_learner_is_restored_after_every_kind_of_loss(error: Exception) -> None:
+    arm = arm_with(Handle(error), Handle(4, []))
+    with pytest.raises(LearnerWentBack):
+        arm._ask("update")
+    assert (arm.step, arm.went_back, arm._restarts) == (4, [4], 1)
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_a_learner_lost_at_its_first_start_is_named(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = arm_with(Handle(error))
+    monkeypatch.setattr("jobs.arm.RolloutPool", lambda *arguments: None)
+    monkeypatch.setattr("jobs.arm.sft_model_path", lambda context: "unused")
+    arm._spawn_learner = lambda: arm._learner
+    arm.context.config.policy.num_rollout_workers = 1
+    with pytest.raises(ActorLostError, match=r"^arm 'linear': the learner did not start: "):
+        arm.start()
+
+
+def test_a_learner_lost_in_its_restart_is_started_again_within_the_budget() -> None:
+    lost, silent = LOST[0], ray.exceptions.GetTimeoutError()
+    arm = arm_with(Handle(lost), Handle(lost), Handle(silent), Handle(6, []), budget=3)
+    with pytest.raises(LearnerWentBack):
+        arm._ask("update")
+    assert (arm.step, arm.went_back, arm._restarts) == (6, [6], 3)
+    assert "learner lost (did not start in 1 s; " in arm.said[2]
+    arm = arm_with(Handle(lost), Handle(lost), Handle(lost), budget=2)
+    with pytest.raises(
+        ActorLostError, match=r"the learner died 3 times \(last: did not start: .*max_restarts is 2"
+    ):
+        arm._ask("update")
+
+
+@pytest.mark.parametrize("fails", ["check_parity", "take"])
+def test_the_steps_so_far_are_kept_when_rollouts_or_panel_are_lost_for_good(fails: str) -> None:
+    did: list[str] = []
+
+    def verb(name: str) -> Any:
+        def act(*arguments: Any) -> None:
+            did.append(name)
+            if name == fails:
+                raise ActorLostError("panel died 3 times")
+            if name == "checkpoint":
+                raise OSError("no space left")  # must not hide the cause
+
+        return act
+
+    policy = SimpleNamespace(parity_every=1)
+    arm: Any = SimpleNamespace(
+        context=SimpleNamespace(config=SimpleNamespace(policy=policy)),
+        check_parity=verb("check_parity"),
+        ahead=SimpleNamespace(take=verb("take")),
+        checkpoint=verb("checkpoint"),
+    )
+    with pytest.raises(ActorLostError, match="panel died 3 times"):
+        train_policy._next_batch(arm, 7)
+    assert did[-2:] == [fails, "checkpoint"]
