@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeGuard
 
 from morlaif_ray.feedback.client import RawAnswer
 
@@ -139,5 +140,5 @@ def read_choices(
     return chosen, ""
 
 
-def _is_strength(value: object) -> bool:
+def _is_strength(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
