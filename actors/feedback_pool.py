@@ -155,7 +155,8 @@ class FeedbackPool:
             with contextlib.suppress(ActorLostError):  # if it died for good, its batch will tell
                 self._get([ref], max(0.0, deadline_s - time.monotonic()))
 
-    def _get(self, refs: list[Any], timeout_s: float) -> list[Any]:
+    def _get(self, refs: list[Any], timeout_s: float, late: str = "") -> list[Any]:
+        """Our own errors as they are, others in one line; `late` is that of a time-out after the start."""
         import ray
 
         try:
@@ -164,7 +165,8 @@ class FeedbackPool:
             raise own_error(error) from None
         except ray.exceptions.GetTimeoutError:
             raise ResourceError(
-                f"the feedback actors did not start within {self._start_timeout_s:g} s; they need "
+                late
+                or f"the feedback actors did not start within {self._start_timeout_s:g} s; they need "
                 f"{worker_cpus(self._feedback):g} CPU x {self._feedback.num_workers} workers: reduce "
                 f"feedback.num_workers, or raise cluster.start_timeout_s on a slow machine"
             ) from None
@@ -187,8 +189,6 @@ class FeedbackPool:
 
         Judged by their first and last pair, so that a run that resumes asks within seconds, however much is recorded.
         """
-        import ray
-
         numbers = list(range(len(batches)))
         if not self.num_recorded_before or len(batches) <= len(self.workers):
             return numbers
@@ -196,9 +196,12 @@ class FeedbackPool:
         for batch in batches:
             for pair in (batch.pairs[0], batch.pairs[-1]):
                 keys += [question.key for question in self._plan.questions(pair)]
-        known: list[bool] = ray.get(
-            self._ledger.recorded.remote(keys), timeout=self._call_timeout_s
-        )
+        known: list[bool] = self._get(
+            [self._ledger.recorded.remote(keys)],
+            self._call_timeout_s,
+            f"the ledger did not say within {self._call_timeout_s:g} s what it holds; is its disk overloaded? Run the "
+            f"same command again, nothing recorded is lost",
+        )[0]
         each = len(keys) // len(batches)
         return sorted(numbers, key=lambda number: all(known[number * each : (number + 1) * each]))
 

@@ -69,9 +69,14 @@ class LedgerWriter:
     ) -> None:
         self._ledger.append(self._recipe.recipe, rows, failures, settled)
 
-    def spent_usd(self) -> float:
-        """What a budget counts with: requests whose outcome nobody knows included."""
-        return self._ledger.possibly_spent_usd
+    def spent_usd(self, in_flight: bool = False) -> float:
+        """What a budget counts with: requests whose outcome nobody knows included.
+
+        Args:
+            in_flight: also what is announced. For a limiter that was restarted: the one before took these estimates,
+                and the workers will give back what they were too high.
+        """
+        return self._ledger.possibly_spent_usd + (self._ledger.open_usd if in_flight else 0.0)
 
     def close(self) -> None:
         if self._opened is not None:

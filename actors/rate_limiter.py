@@ -2,8 +2,8 @@
 
 A plain class around the arithmetic of `morlaif_ray.feedback.rate` and `breaker`; `spawn_rate_limiter` gives it a
 process. Workers ask in batches, so one call carries the permits of many requests. After a restart its buckets start
-empty (cautious) and its spending comes from the ledger; what was in flight at that moment is settled by the workers
-that have it.
+empty (cautious) and its spending comes from the ledger, announced requests at their estimates: what was in flight at
+that moment is settled by the workers that have it.
 """
 
 from __future__ import annotations
@@ -113,8 +113,10 @@ def spawn_rate_limiter(
     import ray
 
     def spent_usd() -> float:
+        # The first limiter grants what is announced itself: it must not count that twice.
+        restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         ledger = ray.get_actor(ledger_name)
-        return float(ray.get(ledger.spent_usd.remote(), timeout=timeout_s))
+        return float(ray.get(ledger.spent_usd.remote(restarted), timeout=timeout_s))
 
     remote = ray.remote(RateLimiter)
     # acquire may run twice after a crash: the first grant died with the state that it was taken from.

@@ -44,6 +44,8 @@ class BatchRequest:
     entries: tuple[Entry, ...]
     estimated_usd: float
     attempt: int = 1
+    strength: bool = False
+    """Joint mode: numbers are asked for instead of letters."""
 
 
 def request_line(custom_id: str, body: dict[str, Any]) -> bytes:
@@ -141,7 +143,7 @@ def question_of(request: BatchRequest) -> Question:
     first = request.entries[0]
     if request.custom_id == first.key.hex():
         return members[0]
-    return Question("", "", "", "joint", "", first.order, first.key, members)
+    return Question("", "", "", "joint", "", first.order, first.key, members, request.strength)
 
 
 def _status(line: dict[str, Any]) -> int:

@@ -148,17 +148,18 @@ class BatchJournal:
 
 def _dump(request: BatchRequest) -> bytes:
     entries = [[e.key.hex(), e.pair_id, e.principle, e.order] for e in request.entries]
-    record = [request.custom_id, request.attempt, request.estimated_usd, entries]
+    record = [request.custom_id, request.attempt, request.estimated_usd, entries, request.strength]
     return json.dumps(record).encode() + b"\n"
 
 
 def _load(line: bytes, record: bytes) -> BatchRequest:
-    custom_id, attempt, estimated_usd, entries = json.loads(record)
+    custom_id, attempt, estimated_usd, entries, *rest = json.loads(record)
+    strength = bool(rest and rest[0])  # absent in a record of an older version
     found = tuple(
         Entry(bytes.fromhex(key), pair_id, principle, order)
         for key, pair_id, principle, order in entries
     )
-    return BatchRequest(custom_id, line, found, estimated_usd, attempt)
+    return BatchRequest(custom_id, line, found, estimated_usd, attempt, strength)
 
 
 def _write(path: Path, payload: Iterable[bytes]) -> None:

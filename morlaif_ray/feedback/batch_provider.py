@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import httpx2
 import openai
 
 from morlaif_ray.config.judging import OpenAIBatchJudge
@@ -141,7 +142,7 @@ class OpenAIBatchProvider:
         )
 
     def fetch(self, file_id: str, path: Path) -> None:
-        """A file of the provider's onto our disk, never whole in memory."""
+        """A file of the provider's onto our disk, never whole in memory; one that was cut off is loaded anew."""
 
         def load() -> None:
             files = self._client.files.with_streaming_response
@@ -175,6 +176,8 @@ class OpenAIBatchProvider:
             except openai.APIConnectionError as raised:
                 cause = type(raised.__cause__ or raised).__name__
                 error = AttemptError("connection", f"{self._where}: {cause}")
+            except httpx2.TransportError as raised:  # a streamed body: the SDK does not wrap it
+                error = AttemptError("connection", f"{self._where}: {type(raised).__name__}")
             except (openai.OpenAIError, ValueError) as raised:
                 error = AttemptError("malformed", f"{self._where}: {excerpt(raised, self._key)}")
             step = decide(error, attempt, self._policy, 0.5)

@@ -211,6 +211,11 @@ class Ledger:
         """The most that the provider may have billed, as far as estimates are high: what a budget must count with."""
         return self.spent_usd + sum(entry.usd for entry in self.unconfirmed)
 
+    @property
+    def open_usd(self) -> float:
+        """The estimates of the requests that are announced and not settled: what is in flight, or waits to be."""
+        return float(self._db.execute("SELECT total(usd) FROM intents").fetchone()[0])
+
     def num_answers(self) -> int:
         return self._totals.answers
 

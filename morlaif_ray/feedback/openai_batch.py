@@ -316,7 +316,7 @@ def build_request(
     line = request_line(custom_id, request_body(judge, messages, question))
     tokens = estimate_tokens(*(message["content"] for message in messages))
     usd = price.cost_usd(tokens, max_answer_tokens(judge, question))
-    return BatchRequest(custom_id, line, entries, usd)
+    return BatchRequest(custom_id, line, entries, usd, strength=question.strength)
 
 
 def answer_rows(

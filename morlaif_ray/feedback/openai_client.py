@@ -111,7 +111,10 @@ class OpenAIClient:
         return hints if len(self._servers) == 1 else None
 
     async def ask(self, question: Question) -> RawAnswer:
-        """One attempt. A server that cannot be reached is passed over within it; the last one's error counts."""
+        """One attempt. A server that cannot be reached is passed over within it; the last one's error counts.
+
+        One that was lost after the request had left ends the attempt: it may bill it, and that must be written down.
+        """
         body = request_body(self._judge, self._prompter.messages(question), question)
         if len(self._servers) == 1:
             return await self._ask(self._servers[0], question, body)
@@ -126,6 +129,8 @@ class OpenAIClient:
                 if error.kind != "connection":
                     raise
                 self._down_until_s[index] = time.monotonic() + COOL_S
+                if error.sent:
+                    raise
         return await self._ask(self._servers[order[-1]], question, body)
 
     async def _ask(self, server: _Server, question: Question, body: dict[str, Any]) -> RawAnswer:

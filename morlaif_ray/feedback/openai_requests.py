@@ -48,8 +48,8 @@ def request_body(
         body["temperature"] = judge.temperature
     fields = _fields(judge, question)
     if fields:
-        strengths = bool(question.members) and question.strength
-        body["response_format"] = _schema(fields, judge.reasoning is not None, strengths)
+        reasoned = judge.reasoning is not None
+        body["response_format"] = _schema(fields, reasoned, _strengths(question))
     else:
         body |= {"logprobs": True, "top_logprobs": judge.top_logprobs}
     return body
@@ -60,6 +60,11 @@ def _fields(judge: OpenAIJudge | OpenAIBatchJudge, question: Question) -> tuple[
     if question.members:
         return tuple(member.principle for member in question.members)
     return ("answer",) if judge.answer == "structured" else ()
+
+
+def _strengths(question: Question) -> bool:
+    """Whether its fields hold numbers; a question that is asked alone holds a letter."""
+    return bool(question.members) and question.strength
 
 
 def _schema(fields: Sequence[str], reasoned: bool, strengths: bool) -> dict[str, Any]:
@@ -92,9 +97,7 @@ def read_completion(
             found = _answer(completion, refusal=refusal)
             parts = (found, *[_answer(None, found.model, refusal) for _ in fields[1:]])
         elif fields:
-            parts = _json_answers(
-                completion, content, fields, "number" if question.strength else "A or B"
-            )
+            parts = _json_answers(completion, content, fields, _strengths(question))
         else:
             return _soft_answer(completion, style_of(judge) == "reasoned")
     except (AttributeError, IndexError, TypeError):
@@ -134,11 +137,12 @@ def _soft_answer(completion: Any, reasoned: bool) -> RawAnswer:
 
 
 def _json_answers(
-    completion: Any, content: str, fields: Sequence[str], wanted: str
+    completion: Any, content: str, fields: Sequence[str], strengths: bool
 ) -> tuple[RawAnswer, ...]:
-    choices, problem = read_choices(content, fields)
+    choices, problem = read_choices(content, fields, strengths)
     if problem and completion.choices[0].finish_reason == "length":
         problem = "the JSON answer was cut off"
+    wanted = "number" if strengths else "A or B"
     found = []
     for number, name in enumerate(fields):
         top = choices.get(name, {})

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeGuard
 
 from morlaif_ray.feedback.client import RawAnswer
 
@@ -115,10 +116,13 @@ def final_answer_token(tokens: Sequence[str]) -> int | None:
     return None
 
 
-def read_choices(content: str, names: Sequence[str]) -> tuple[dict[str, dict[str, float]], str]:
-    """({name: log-probabilities}, problem) from a JSON object of letters or of strengths from 0 to 100.
+def read_choices(
+    content: str, names: Sequence[str], strengths: bool = False
+) -> tuple[dict[str, dict[str, float]], str]:
+    """({name: log-probabilities}, problem) from a JSON object of letters or, with `strengths`, of numbers 0 to 100.
 
-    Names with neither are absent from the first.
+    Where letters were asked for, a number is no answer: a 1 may mean "response 1" as well as "surely B". Names without
+    an answer are absent from the first.
     """
     try:
         found = json.loads(content)
@@ -131,6 +135,10 @@ def read_choices(content: str, names: Sequence[str]) -> tuple[dict[str, dict[str
         value = found.get(name)
         if isinstance(value, str) and letter_of(value):
             chosen[name] = hard_logprobs(letter_of(value))
-        elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100:
+        elif strengths and _is_strength(value):
             chosen[name] = strength_logprobs(value)
     return chosen, ""
+
+
+def _is_strength(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100

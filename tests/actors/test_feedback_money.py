@@ -18,9 +18,11 @@ from actors.ledger_writer import LedgerRecipe
 from jobs.cli import main
 from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import FeedbackError
+from morlaif_ray.feedback.intents import Intent
 from morlaif_ray.feedback.ledger import KILLED, Ledger
 from morlaif_ray.feedback.permits import BudgetReachedError
 from morlaif_ray.feedback.questions import split_batches
+from morlaif_ray.feedback.rate import Cost
 from morlaif_ray.feedback.status import read_progress
 from tests.fake_openai.server import KEY, FakeOpenAI
 from tests.unit.feedback.fakes import PLAN, make_pairs
@@ -131,6 +133,34 @@ def test_what_a_killed_worker_had_in_flight_is_counted_as_possibly_spent(
     assert server.num_answered > 160
     assert ledger.spent_usd < billed <= ledger.possibly_spent_usd
     ledger.close()
+
+
+def test_a_restarted_limiter_counts_what_the_one_before_let_go(
+    session_folder: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    with (
+        FakeOpenAI() as server,
+        pool_of(priced(tmp_path, server, budget_usd=1.0), tmp_path) as pool,
+    ):
+        pool.wait_until_started()
+        one, nothing = Cost(0.0, 0.3), Cost(0.0, 0.0)
+        ray.get(pool._ledger.announce.remote([Intent(i, b"k", 0.3) for i in (1, 2)]), timeout=30.0)
+        first = ray.get(pool._limiter.acquire.remote([one] * 4, nothing, nothing), timeout=60.0)
+        assert first.count == 3  # of 1.00: what is announced is not yet let go
+        ray.kill(pool._limiter, no_restart=False)
+        again, deadline = first, time.monotonic() + 60.0
+        while again is first or (
+            not again.count and time.monotonic() < deadline
+        ):  # the old one has 0.10 left
+            again = ray.get(pool._limiter.acquire.remote([one] * 4, nothing, nothing), timeout=60.0)
+        assert again.count == 1  # of 0.40: two estimates are taken
+        used = Cost(0.0, 0.5)  # both end at 0.25, and the refund of 0.10 is true
+        last = ray.get(
+            pool._limiter.acquire.remote([Cost(0.0, 0.19)] * 4, Cost(0.0, 0.6), used), timeout=60.0
+        )
+        assert last.count == 1
 
 
 def _kill_when_in_flight(server: FakeOpenAI, worker: object, deadline: float) -> None:

@@ -23,7 +23,7 @@ from jobs.progress import Reporter
 from morlaif_ray.artifacts import StageFolder, read_json, read_records, read_table, write_records
 from morlaif_ray.config import parse_config
 from morlaif_ray.config.judging import FeedbackConfig
-from morlaif_ray.errors import ActorLostError, DataError, FeedbackError
+from morlaif_ray.errors import ActorLostError, DataError, FeedbackError, ResourceError
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan, split_batches
 from morlaif_ray.types import Judgement, ResponsePair
 from tests.fake_openai.server import KEY, FakeOpenAI
@@ -204,6 +204,27 @@ def test_a_second_run_on_the_same_ledger_hears_one_line(local_ray: None, tmp_pat
         pool_of(api(server, num_workers=1), path, lock_wait_s=0.5),
     ):
         pass
+
+
+def test_a_ledger_too_slow_to_say_what_it_holds_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    class Slow:
+        recorded = property(lambda self: self)
+
+        def remote(self, keys: list[bytes]) -> object:
+            return object()
+
+    def late(refs: object, timeout: float) -> None:
+        raise ray.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(ray, "get", late)
+    pool = pool_of(FeedbackConfig(), tmp_path / "l.sqlite", call_timeout_s=7.0)
+    pool._ledger, pool.num_recorded_before = Slow(), 1
+    with pytest.raises(ResourceError, match="ledger did not say within 7 s what it holds"):
+        pool.unfinished_first(batches(2))
 
 
 def test_a_missing_key_reaches_the_driver_as_one_line(local_ray: None, tmp_path: Path) -> None:

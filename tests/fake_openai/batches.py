@@ -40,6 +40,8 @@ class FakeBatchAPI:
     http_faults: deque[int] = field(default_factory=deque)
     """HTTP statuses of the next requests of any kind; 0: served."""
     swallow_create: bool = False
+    cut_downloads: int = 0
+    """So many of the next downloads end in the middle of the last line, the connection with them."""
     max_enqueued: int | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     deleted: dict[str, bytes] = field(default_factory=dict)
@@ -111,7 +113,8 @@ class FakeBatchAPI:
                 self.deleted[name] = self.files.pop(name)
                 reply(request, 200, {"id": name, "object": "file", "deleted": True})
             elif path.endswith("/content") and path.split("/")[1] in self.files:
-                reply_raw(request, 200, self.files[path.split("/")[1]])
+                cut, self.cut_downloads = self.cut_downloads > 0, max(0, self.cut_downloads - 1)
+                reply_raw(request, 200, self.files[path.split("/")[1]], cut=cut)
             else:
                 reply(request, 404, {"error": {"message": "not found"}})
 
@@ -232,9 +235,12 @@ def reply(request: BaseHTTPRequestHandler, status: int, body: dict[str, Any]) ->
     reply_raw(request, status, json.dumps(body).encode())
 
 
-def reply_raw(request: BaseHTTPRequestHandler, status: int, payload: bytes) -> None:
+def reply_raw(
+    request: BaseHTTPRequestHandler, status: int, payload: bytes, *, cut: bool = False
+) -> None:
     request.send_response(status)
     request.send_header("content-type", "application/json")
     request.send_header("content-length", str(len(payload)))
     request.end_headers()
-    request.wfile.write(payload)
+    request.wfile.write(payload[:-50] if cut else payload)
+    request.close_connection = request.close_connection or cut

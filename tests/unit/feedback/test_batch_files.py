@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +14,11 @@ from morlaif_ray.feedback.batch_files import (
     Entry,
     affordable,
     merge,
+    question_of,
     read_lines,
     split_requests,
 )
+from morlaif_ray.feedback.batch_journal import BatchJournal
 from tests.fake_openai.answers import one_token_answer
 
 pytestmark = pytest.mark.unit
@@ -78,4 +81,15 @@ def test_lines_are_found_by_id_and_an_answer_wins_over_an_error() -> None:
     assert {name: error.message for name, error in failed.items()} == {
         "c": "the batch brought no line for this request",
         "d": "HTTP 500 in the batch: no message",
+    }
+
+
+def test_whether_numbers_were_asked_for_outlives_the_driver(tmp_path: Path) -> None:
+    entries = tuple(Entry(bytes([i] * 16), "pair", f"p{i}", "ab") for i in range(2))
+    asked = [BatchRequest(name, b"{}", entries, 0.0, strength=name == "s") for name in "sl"]
+    journal = BatchJournal(tmp_path / "l.sqlite")
+    found = journal.index(journal.write("recipe", asked))
+    assert {name: question_of(request).strength for name, request in found.items()} == {
+        "s": True,
+        "l": False,
     }

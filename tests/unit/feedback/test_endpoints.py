@@ -96,6 +96,34 @@ def test_an_error_that_is_no_lost_connection_is_not_carried_to_the_next_server(
         assert len(left.bodies) + len(right.bodies) == 1
 
 
+def test_a_connection_lost_after_the_request_had_left_is_told_and_the_next_attempt_goes_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
+    question = Question("\n\nHuman: q\n\nAssistant:", " one two", " x", "d", "D?", "ab", b"k" * 16)
+
+    async def work(judge: OpenAIJudge) -> list[str]:
+        client = build_client(judge, seed=0)
+        doubts = []
+        try:
+            for _ in range(2):
+                with pytest.raises(AttemptError) as caught:
+                    await client.ask(question)
+                doubts.append(caught.value.doubt)
+            return doubts
+        finally:
+            await client.close()
+
+    with FakeOpenAI() as left, FakeOpenAI() as right:
+        left.faults.append("reset")
+        right.faults.append("reset")
+        doubts = asyncio.run(work(several(left.url, right.url)))
+        assert (
+            doubts == ["no readable answer (connection)"] * 2
+        )  # each may be billed: none is passed over in silence
+        assert [len(left.bodies), len(right.bodies)] == [1, 1]
+
+
 def test_with_every_server_away_the_last_ones_error_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

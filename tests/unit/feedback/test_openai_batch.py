@@ -267,6 +267,27 @@ def test_a_provider_that_stumbles_is_asked_again(api: FakeBatchAPI, tmp_path: Pa
     assert len(api.batches) == 1
 
 
+def test_a_download_that_is_cut_off_is_loaded_anew_and_never_taken_for_whole(
+    api: FakeBatchAPI, tmp_path: Path
+) -> None:
+    api.cut_downloads = 2
+    config = feedback(api)
+    assert labels(collect(config, tmp_path)) == pytest.approx(expected(config))
+    assert len(api.batches) == 1  # no line was missed and asked again
+    assert sum(name.endswith("/content") for name in api.requests) == 3
+
+
+def test_a_download_that_never_ends_is_one_line_and_is_found_by_the_next_run(
+    api: FakeBatchAPI, tmp_path: Path
+) -> None:
+    api.cut_downloads = 8
+    config = feedback(api)
+    with pytest.raises(FeedbackError, match=r"RemoteProtocolError.*run the same command again"):
+        collect(config, tmp_path)
+    assert labels(collect(config, tmp_path)) == pytest.approx(expected(config))
+    assert len(api.batches) == 1
+
+
 def test_a_wrong_key_is_one_line_after_one_request(
     api: FakeBatchAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,15 +102,19 @@ def test_a_bare_letter_counts_two_nats() -> None:
 
 
 def test_letters_are_read_from_a_json_object_and_missing_ones_are_absent() -> None:
-    content = '{"x": "A", "y": "b", "z": "C", "v": true, "u": 101}'
+    content = '{"x": "A", "y": "b", "z": "C", "v": true, "u": 1}'  # 1: response 1, or surely B?
     found, problem = read_choices(content, ["x", "y", "z", "v", "u", "w"])
     assert (found, problem) == ({"x": hard_logprobs("A"), "y": hard_logprobs("B")}, "")
     assert read_choices('{"x": "A"', ["x"])[1] == "the answer is not the JSON object asked for"
     assert read_choices('["A"]', ["x"])[1] == "the answer is not the JSON object asked for"
 
 
+def test_a_strength_beyond_its_bounds_is_none() -> None:
+    assert read_choices('{"x": 101, "y": -1, "z": true}', ["x", "y", "z"], True) == ({}, "")
+
+
 def test_a_stated_strength_is_a_soft_preference_and_never_a_certainty() -> None:
-    found, _ = read_choices('{"x": 75, "y": 50, "z": 0, "v": 100}', ["x", "y", "z", "v"])
+    found, _ = read_choices('{"x": 75, "y": 50, "z": 0, "v": 100}', ["x", "y", "z", "v"], True)
     log_odds = {
         name: parse_answer(RawAnswer(top, "m", 1, 1)).log_odds for name, top in found.items()
     }
