@@ -172,7 +172,8 @@ class PolicyConfig(Section):
     """The generation engine of the rollout workers; auto: vLLM where the driver finds it installed."""
     vllm: VllmConfig = VllmConfig()
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: the next step's responses are sampled, with the weights at hand, while the learner works on this one."""
+    """1: the next step's responses are sampled, with the weights at hand, while the learner works on this one; needs
+    `importance_cap`, which corrects for their age."""
     rollout_chunk: PositiveInt | None = None
     """Responses that are sampled and then scored together, while others are still sampled; None: the whole batch is
     split evenly over the workers and scored at once."""
@@ -223,6 +224,12 @@ class PolicyConfig(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _old_responses_are_weighed(self) -> PolicyConfig:
+        if self.staleness and self.importance_cap is None:
+            raise ValueError("staleness 1 needs importance weights; write importance_cap: 2.0")
         return self
 
     @model_validator(mode="after")

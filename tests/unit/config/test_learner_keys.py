@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
             "fsdp and lora do not go together in this version; write fsdp: false",
         ),
         ({"importance_cap": 0.0}, "importance_cap"),
+        ({"staleness": 1}, "staleness 1 needs importance weights; write importance_cap: 2.0"),
         ({"schedule": "step"}, "schedule"),
     ],
 )
@@ -52,6 +53,7 @@ def test_what_does_not_fit_together_is_refused(policy: dict[str, Any], message: 
         {"samples_per_prompt": 4},  # several samples without a group estimator
         {"advantage": "grpo", "samples_per_prompt": 2, "importance_cap": 2.0},
         {"learner_ranks": 2, "fsdp": True, "separate_critic": True},
+        {"staleness": 1, "importance_cap": 2.0},
         {"learner_ranks": 2, "lora": {"rank": 4}},
         {"microbatch_tokens": 4096, "logprob_chunk_tokens": 512, "schedule": "cosine"},
     ],
