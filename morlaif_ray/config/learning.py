@@ -255,6 +255,11 @@ class PolicyConfig(Section):
                 f"a minibatch of {rows} responses is too small for learner_ranks {self.learner_ranks}; raise "
                 f"batch_size or lower num_minibatches or learner_ranks"
             )
+        if self.learner_ranks > 1 and 0 < self.learner_gpus_per_rank < 1:
+            raise ValueError(
+                f"learner_ranks {self.learner_ranks} need a whole GPU each (NCCL takes no two ranks on one GPU), and "
+                f"learner_gpus_per_rank is {self.learner_gpus_per_rank:g}; write learner_gpus_per_rank: 1"
+            )
         if self.fsdp and self.learner_ranks < 2:
             raise ValueError(
                 "fsdp slices the model over learner_ranks, which is 1; write learner_ranks: 2 or more"
