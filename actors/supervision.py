@@ -83,6 +83,7 @@ class SupervisedActor:
         """Replaces the process behind `lost`, once, whoever notices first; ActorLostError beyond the budget."""
         import ray
 
+        not_up: tuple[type[Exception], ...] = (*lost_errors(), ray.exceptions.GetTimeoutError)
         with self._lock:
             if self.handle is not lost:
                 return
@@ -102,7 +103,7 @@ class SupervisedActor:
                     ray.get(fresh.ping.remote(), timeout=self._start_timeout_s)
                     if self._after_start is not None:
                         self._after_start(fresh)
-                except (*lost_errors(), ray.exceptions.GetTimeoutError) as error:
+                except not_up as error:
                     ray.kill(fresh)
                     cause = one_line(error)
                     continue
