@@ -8,6 +8,7 @@ every method of this package's actors is, because samples are seeded by content 
 from __future__ import annotations
 
 import errno
+import math
 import re
 import threading
 import time
@@ -50,6 +51,8 @@ class SupervisedActor:
         self._say = say
         self._lock = threading.Lock()
         self.num_restarts = 0
+        self.heard = -math.inf
+        """When its last answer was taken (`time.monotonic`): a call that waits behind others is no silence."""
         self.handle = spawn()
         self._ready = False
 
@@ -80,6 +83,7 @@ class SupervisedActor:
         """Replaces the process behind `lost`, once, whoever notices first; ActorLostError beyond the budget."""
         import ray
 
+        not_up: tuple[type[Exception], ...] = (*lost_errors(), ray.exceptions.GetTimeoutError)
         with self._lock:
             if self.handle is not lost:
                 return
@@ -99,7 +103,7 @@ class SupervisedActor:
                     ray.get(fresh.ping.remote(), timeout=self._start_timeout_s)
                     if self._after_start is not None:
                         self._after_start(fresh)
-                except (*lost_errors(), ray.exceptions.GetTimeoutError) as error:
+                except not_up as error:
                     ray.kill(fresh)
                     cause = one_line(error)
                     continue
@@ -166,17 +170,23 @@ def _collect(call: Call, reference: Any, handle: Any) -> tuple[bool, Any]:
     """(True, result), or (False, None) after the actor was revived and the call must be repeated."""
     import ray
 
-    try:
-        return True, ray.get(reference, timeout=call.actor.call_timeout_s)
-    except ray.exceptions.RayTaskError as error:
-        raise cause_of(error) from None
-    except ray.exceptions.GetTimeoutError:
-        call.actor.revive(
-            handle, f"no answer to {call.method} in {call.actor.call_timeout_s:.0f} s"
-        )
-    except lost_errors() as error:
-        call.actor.revive(handle, one_line(error))
-    return False, None
+    actor, asked = call.actor, time.monotonic()
+    while True:
+        left_s = max(asked, actor.heard) + actor.call_timeout_s - time.monotonic()
+        try:
+            value = ray.get(reference, timeout=max(left_s, 0.0))
+            actor.heard = time.monotonic()
+            return True, value
+        except ray.exceptions.RayTaskError as error:
+            actor.heard = time.monotonic()
+            raise cause_of(error) from None
+        except ray.exceptions.GetTimeoutError:
+            if max(asked, actor.heard) + actor.call_timeout_s > time.monotonic():
+                continue  # it answered another call meanwhile
+            actor.revive(handle, f"no answer to {call.method} in {actor.call_timeout_s:.0f} s")
+        except lost_errors() as error:
+            actor.revive(handle, one_line(error))
+        return False, None
 
 
 def lost_errors() -> tuple[type[Exception], ...]:

@@ -312,7 +312,7 @@ def overlap(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if "staleness" not in PolicyConfig.model_fields:
         raise CannotRun("policy has no one-step-off mode (policy.staleness) in this version")
     folder.mkdir(parents=True)
-    policy = {"staleness": 1, "num_rollout_workers": 2, "max_new_tokens": 24}
+    policy = {"staleness": 1, "importance_cap": 2.0, "num_rollout_workers": 2, "max_new_tokens": 24}
     workload = make_workload(folder, QUICK, topology="shared_trunk", policy=policy)
     ours = OurSide(workload)
     try:

@@ -63,7 +63,7 @@ class ArmRecord:
                 f"{self._work / METRICS_LOG}: {gap}; remove {self._work} to begin this arm again"
             )
         columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
-        columns["step"] = steps
+        columns["step"] = [int(step) for step in columns["step"]]
         write_table(self._work / "metrics.parquet", columns)
         summary = self._summary(sft_reward)
         write_json(self._work / "summary.json", summary)

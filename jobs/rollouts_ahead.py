@@ -49,7 +49,7 @@ class RolloutsAhead:
         self._num_kept = num_kept
         self._next: tuple[int, Future[Batch]] | None = None
         self.wait_s = 0.0
-        """Seconds that the learner last waited for responses."""
+        """Seconds that the learner waited for the responses of its last step, before and after its update."""
 
     def take(self, step: int) -> Batch:
         """The batch of this step."""
@@ -61,7 +61,7 @@ class RolloutsAhead:
             batch = load_in_flight(self._path(step))
         else:
             batch = self._make(step)
-        self.wait_s += time.monotonic() - started
+        self.wait_s = time.monotonic() - started
         age = step - batch[0].policy_version
         assert 0 <= age <= self._staleness, f"step {step}: responses are {age} versions old"
         return batch
@@ -88,7 +88,7 @@ class RolloutsAhead:
         ready = self._next is None or self._next[1].done()
         if self._next is not None:
             self._next[1].exception()  # raised by `take`
-        self.wait_s = time.monotonic() - started
+        self.wait_s += time.monotonic() - started
         return ready
 
     def drop(self) -> None:

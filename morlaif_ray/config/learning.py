@@ -172,7 +172,8 @@ class PolicyConfig(Section):
     """The generation engine of the rollout workers; auto: vLLM where the driver finds it installed."""
     vllm: VllmConfig = VllmConfig()
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: the next step's responses are sampled, with the weights at hand, while the learner works on this one."""
+    """1: the next step's responses are sampled, with the weights at hand, while the learner works on this one; needs
+    `importance_cap`, which corrects for their age."""
     rollout_chunk: PositiveInt | None = None
     """Responses that are sampled and then scored together, while others are still sampled; None: the whole batch is
     split evenly over the workers and scored at once."""
@@ -226,6 +227,12 @@ class PolicyConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _old_responses_are_weighed(self) -> PolicyConfig:
+        if self.staleness and self.importance_cap is None:
+            raise ValueError("staleness 1 needs importance weights; write importance_cap: 2.0")
+        return self
+
+    @model_validator(mode="after")
     def _advantage_has_what_it_needs(self) -> PolicyConfig:
         if self.advantage == "gae":
             return self
@@ -247,6 +254,11 @@ class PolicyConfig(Section):
             raise ValueError(
                 f"a minibatch of {rows} responses is too small for learner_ranks {self.learner_ranks}; raise "
                 f"batch_size or lower num_minibatches or learner_ranks"
+            )
+        if self.learner_ranks > 1 and 0 < self.learner_gpus_per_rank < 1:
+            raise ValueError(
+                f"learner_ranks {self.learner_ranks} need a whole GPU each (NCCL takes no two ranks on one GPU), and "
+                f"learner_gpus_per_rank is {self.learner_gpus_per_rank:g}; write learner_gpus_per_rank: 1"
             )
         if self.fsdp and self.learner_ranks < 2:
             raise ValueError(

@@ -70,8 +70,17 @@ def find_bad_rows(
 ) -> list[int]:
     """Of a minibatch's rows those whose own figures are not finite; all of them where none stands out."""
     now, _ = measure(run, reference, experience.tokens, experience.lengths, step, keep_first=False)
+    old = experience.old
+    # Not the advantages: they are whitened over the batch, so one row's NaN is in all of them.
     figures = torch.stack(
-        [now.logprobs_BT, now.values_BT, experience.advantages_BT, experience.returns_BT]
+        [
+            now.logprobs_BT,
+            now.values_BT,
+            old.logprobs_BT,
+            old.values_BT,
+            old.ref_logprobs_BT,
+            experience.returns_BT,
+        ]
     )
     fine_B = torch.isfinite(figures).all(dim=2).all(dim=0).tolist()
     return [row for row in rows if not fine_B[row]] or list(rows)

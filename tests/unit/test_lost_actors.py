@@ -158,3 +158,28 @@ def test_the_steps_so_far_are_kept_when_rollouts_or_panel_are_lost_for_good(fail
     with pytest.raises(ActorLostError, match="panel died 3 times"):
         train_policy._next_batch(arm, 7)
     assert did[-2:] == [fails, "checkpoint"]
+
+
+@pytest.mark.parametrize("busy_waits", [0, 3])
+def test_a_call_that_waits_behind_others_is_no_silence(
+    busy_waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each wait uses up its time-out; in the first few the actor answers calls of other threads."""
+    actor = supervised(Handle("queued"), Handle(0, 16))
+    now, waits = [100.0], [0]
+
+    def get(reference: Any, timeout: float) -> Any:
+        if reference != "queued":
+            return reference
+        waits[0] += 1
+        now[0] += timeout
+        if waits[0] <= busy_waits:
+            actor.heard = now[0] - 0.25
+        raise ray.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr("actors.supervision.time.monotonic", lambda: now[0])
+    assert call(actor, "score") == 16
+    assert actor.num_restarts == 1  # in the end it was silent
+    assert waits[0] == busy_waits + 1
+    assert now[0] == 101.0 + 0.75 * busy_waits  # one time-out after its last answer, no later

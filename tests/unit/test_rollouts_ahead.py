@@ -107,6 +107,24 @@ def test_the_wait_before_new_weights_lasts_until_nothing_is_sampled(tmp_path: Pa
     assert rollouts.wait()
 
 
+def test_the_wait_counts_what_came_before_the_update_and_what_came_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("jobs.rollouts_ahead.time.monotonic", lambda: now[0])
+
+    def make(step: int) -> Batch:
+        now[0] += 2.0
+        return make_batch(step, version=step)
+
+    rollouts = RolloutsAhead(make, 0, tmp_path, 2)
+    for step in range(2):  # the second step begins anew
+        rollouts.take(step)
+        now[0] += 5.0  # the update
+        rollouts.wait()
+        assert rollouts.wait_s == 2.0
+
+
 def test_a_resumed_run_takes_the_batch_that_was_in_flight_from_disk(tmp_path: Path) -> None:
     sampler = Sampler()
     rollouts = ahead(sampler, tmp_path)

@@ -30,8 +30,13 @@ pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
             {"batch_size": 8, "num_minibatches": 4, "learner_ranks": 3},
             "a minibatch of 2 responses is too small for learner_ranks 3; raise batch_size",
         ),
+        (
+            {"learner_ranks": 2, "learner_gpus_per_rank": 0.5},
+            "learner_gpus_per_rank is 0.5; write learner_gpus_per_rank: 1",
+        ),
         ({"fsdp": True}, "fsdp slices the model over learner_ranks, which is 1"),
         ({"importance_cap": 0.0}, "importance_cap"),
+        ({"staleness": 1}, "staleness 1 needs importance weights; write importance_cap: 2.0"),
         ({"schedule": "step"}, "schedule"),
     ],
 )
@@ -48,6 +53,8 @@ def test_what_does_not_fit_together_is_refused(policy: dict[str, Any], message: 
         {"samples_per_prompt": 4},  # several samples without a group estimator
         {"advantage": "grpo", "samples_per_prompt": 2, "importance_cap": 2.0},
         {"learner_ranks": 2, "fsdp": True, "separate_critic": True},
+        {"staleness": 1, "importance_cap": 2.0},
+        {"learner_gpus_per_rank": 0.5},  # one rank shares its GPU
         {"learner_ranks": 2, "lora": {"rank": 4}},
         {"learner_ranks": 2, "lora": {"rank": 4}, "fsdp": True},
         {"microbatch_tokens": 4096, "logprob_chunk_tokens": 512, "schedule": "cosine"},

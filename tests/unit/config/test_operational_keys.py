@@ -50,7 +50,8 @@ def test_operational_keys_count_neither_as_results_nor_as_differences() -> None:
     ("key", "value"), [("batch_size", 32), ("staleness", 1), ("engine", "vllm"), ("stop", ["x"])]
 )
 def test_keys_that_change_results_still_count(key: str, value: Any) -> None:
-    base, moved = config({}), config({"policy": {key: value}})
+    rest = {"importance_cap": 2.0}  # staleness needs it
+    base, moved = config({"policy": rest}), config({"policy": {**rest, key: value}})
     assert moved.result_sections() != base.result_sections()
     (difference,) = config_differences(base.model_dump(mode="json"), moved.model_dump(mode="json"))
     assert difference.startswith(f"policy.{key}: ")
