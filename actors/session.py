@@ -212,7 +212,7 @@ def disconnect() -> None:
 
 
 def _quiet_loggers() -> None:
-    for name in ("ray", "transformers", "datasets", "httpx", "openai"):
+    for name in ("ray", "transformers", "datasets", "httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("ray.tune", "ray.train", "ray.air"):  # the traceback of what we raise as one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
