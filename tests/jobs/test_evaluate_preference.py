@@ -30,9 +30,10 @@ def test_models_rewards_and_a_length_control_by_subset(run_copy: Path, tmp_path:
     rows = [
         {"prompt": prompt, "chosen": a, "rejected": b, "subset": f"part{i % 2}"}
         for i, (prompt, a, b) in enumerate(
-            zip(pairs["prompt"][:40], pairs["response_a"], pairs["response_b"], strict=False)
+            zip(pairs["prompt"], pairs["response_a"], pairs["response_b"], strict=True)
         )
-    ]
+        if a.strip() and b.strip()
+    ][:40]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     running = Running(["evaluate_preference", "--run-dir", str(run_copy), "--data", str(data)])
     assert running.end() == 0, running.text
