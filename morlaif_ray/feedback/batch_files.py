@@ -22,6 +22,7 @@ from morlaif_ray.feedback.openai_requests import read_completion
 from morlaif_ray.types import Order
 
 ENDPOINT = "/v1/chat/completions"
+NO_LINE = "the batch brought no line for this request"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def merge(
         else:
             del left[request.custom_id]
             take(request, answer)
-    missing = AttemptError("server", "the batch brought no line for this request")
+    missing = AttemptError("server", NO_LINE)
     return {custom_id: failed.get(custom_id, missing) for custom_id in left}
 
 

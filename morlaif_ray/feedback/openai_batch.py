@@ -21,6 +21,7 @@ from pathlib import Path
 from morlaif_ray.artifacts import canonical_json
 from morlaif_ray.config.judging import FeedbackConfig, OpenAIBatchJudge
 from morlaif_ray.errors import FeedbackError
+from morlaif_ray.feedback.batch_doubt import record_doubt
 from morlaif_ray.feedback.batch_files import (
     BatchRequest,
     Entry,
@@ -52,11 +53,7 @@ APPEND_ROWS = 5000
 
 
 class BatchCollector:
-    """Opens ledger and provider on entry and closes them on exit; batches under way stay at the provider.
-
-    with BatchCollector(feedback, plan, ledger_path, seed=0) as collector:
-        outcomes = collector.answer(batches, on_progress)
-    """
+    """Opens ledger and provider on entry and closes them on exit; batches under way stay at the provider."""
 
     def __init__(
         self,
@@ -161,8 +158,9 @@ class BatchCollector:
         for batch in batches:
             questions = self._plan.batch_questions(batch)
             stored = self._ledger.lookup([question.key for question in questions])
-            self._recorded[batch.index] = len(stored)
-            self._on_progress(len(stored))
+            before = len(stored.keys() - self._adopted)  # what is under way counts as it comes in
+            self._recorded[batch.index] = before
+            self._on_progress(before)
             known = stored.keys() | {q.key for q in questions if q.key in self._adopted}
             for numbers in self._plan.requests(questions, known):
                 entries = tuple(
@@ -232,6 +230,8 @@ class BatchCollector:
         self._queue_full, self._times_full = False, 0
         requests = self._journal.index(submission)
         failed = self._read_answers(submission, status, requests)
+        done, ledger, recipe = status.status == "completed", self._ledger, self._plan.recipe
+        record_doubt(ledger, recipe, submission.name, requests, failed, completed=done)
         fatal, again = "", set[str]()
         for custom_id, error in failed.items():
             step = decide(error, requests[custom_id].attempt, self._policy, 0.0)

@@ -218,8 +218,10 @@ def test_a_driver_killed_at_any_step_resumes_and_pays_once(
     with pytest.raises(Killed):
         collect(config, tmp_path, provider=deadly)
     told: list[str] = []
-    outcomes = collect(config, tmp_path, tell=told.append)
+    seen: list[int] = []
+    outcomes = collect(config, tmp_path, tell=told.append, progress=seen.append)
     assert labels(outcomes) == pytest.approx(expected(config))
+    assert sum(seen) == 24
     assert len(api.batches) == 1
     assert set(api.executed.values()) == {1}
     assert told == ["1 batches of an earlier run found (24 requests)"]
