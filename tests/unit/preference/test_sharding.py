@@ -164,6 +164,6 @@ if __name__ == "__main__":
     rank_process(
         int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5] == "lora"
     )
-    # Results are on the disk. After FSDP2 gloo threads outlive destroy_process_group (torch 2.13) and now and then abort
+    # Results are on the disk. After FSDP2 gloo threads outlive the process group (torch 2.13) and now and then abort
     # the interpreter's exit; actors never come there, Ray ends them.
     os._exit(0)

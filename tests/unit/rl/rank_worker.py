@@ -56,6 +56,6 @@ def main(job_file: str, rank: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
-    # Results are on the disk. After FSDP2 gloo threads outlive destroy_process_group (torch 2.13) and now and then abort
+    # Results are on the disk. After FSDP2 gloo threads outlive the process group (torch 2.13) and now and then abort
     # the interpreter's exit; actors never come there, Ray ends them.
     os._exit(0)
