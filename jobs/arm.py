@@ -118,7 +118,7 @@ class Arm:
         policy = self.context.config.policy
         prompts = self._schedule.prompts_of(step)
         if policy.rollout_chunk:
-            self._stream = PanelStream(self.scorer.raw_scores, len(prompts), policy.rollout_chunk)
+            self._stream = PanelStream(self.scorer.submit, len(prompts), policy.rollout_chunk)
         batch = self._rollouts.generate(
             self._requests(prompts, "policy", step),
             self._sampling,

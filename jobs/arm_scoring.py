@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from actors.preference_panel import Missing, PreferencePanel
+from actors.preference_panel import Missing, PendingScores, PreferencePanel
 from jobs.context import JobContext
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config.learning import ArmConfig
@@ -55,7 +53,7 @@ class ArmScorer:
 
     def score(self, batch: RolloutBatch, raw_BK: FloatArray | None = None) -> ScoredBatch:
         """Scalar rewards, from the panel's scores where they are known already; stops when too many are missing."""
-        raw = self.raw_scores(texts_of(batch)) if raw_BK is None else raw_BK
+        raw = self.submit(texts_of(batch)).result().scores_BK if raw_BK is None else raw_BK
         result = self.reward(raw[:, self._reward_columns])
         self._missing += result.num_missing
         self._scores += result.num_scores
@@ -73,9 +71,9 @@ class ArmScorer:
             self._all_principles.normaliser.apply(principles),
         )
 
-    def raw_scores(self, texts: Sequence[str]) -> FloatArray:
-        """The panel's scores [B, columns] of dialogues; NaN where one is missing and the config allows that."""
-        return self._panel.score(texts, self.columns, missing=self._missing_scores).scores_BK
+    def submit(self, texts: Sequence[str]) -> PendingScores:
+        """The arm's columns of dialogues, under way; NaN where one is missing and the config allows that."""
+        return self._panel.submit(texts, self.columns, missing=self._missing_scores)
 
     def observations(self, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
         """What is logged beside the update: scores per principle, and on the test-bed the truth."""
@@ -115,39 +113,29 @@ class PanelStream:
     Which rows are scored together never depends on who finished first, so the scores do not either.
     """
 
-    NUM_THREADS = 4
-
     def __init__(
-        self, score: Callable[[Sequence[str]], FloatArray], num_rows: int, size: int
+        self, submit: Callable[[Sequence[str]], PendingScores], num_rows: int, size: int
     ) -> None:
-        self._score = score
+        self._submit = submit
         self._size = size
         self._texts: list[str | None] = [None] * num_rows
-        self._groups: dict[int, Future[FloatArray]] = {}
-        self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(self.NUM_THREADS)
+        self._groups: dict[int, PendingScores] = {}
 
     def take(self, first_row: int, part: RolloutBatch) -> None:
         """Finished rows, in any order."""
-        with self._lock:
-            for offset, text in enumerate(texts_of(part)):
-                self._texts[first_row + offset] = text
-            first_group = first_row // self._size
-            for group in range(first_group, (first_row + len(part) - 1) // self._size + 1):
-                rows = self._texts[group * self._size : (group + 1) * self._size]
-                texts = [text for text in rows if text is not None]
-                if len(texts) == len(rows) and group not in self._groups:
-                    self._groups[group] = self._threads.submit(self._score, texts)
+        for offset, text in enumerate(texts_of(part)):
+            self._texts[first_row + offset] = text
+        first_group = first_row // self._size
+        for group in range(first_group, (first_row + len(part) - 1) // self._size + 1):
+            rows = self._texts[group * self._size : (group + 1) * self._size]
+            texts = [text for text in rows if text is not None]
+            if len(texts) == len(rows) and group not in self._groups:
+                self._groups[group] = self._submit(texts)
 
     def scores(self) -> FloatArray:
         """Raw scores [B, columns] of all rows, in order; waits for them."""
-        try:
-            return np.concatenate([self._groups[group].result() for group in sorted(self._groups)])
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        groups = [self._groups[group].result() for group in sorted(self._groups)]
+        return np.concatenate([table.scores_BK for table in groups])
 
 
 def texts_of(batch: RolloutBatch) -> list[str]:

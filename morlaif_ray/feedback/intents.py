@@ -7,7 +7,8 @@ is settled with a doubt (time-out, broken body), or whose process died first, ma
 lists it as unconfirmed, at its estimate. So `spent <= invoice <= spent + unconfirmed`, as far as estimates are high.
 
 Notes are collected for LINGER_S and committed together, before the questions wait for their permits: the rate does not
-suffer, and what a killed process leaves is at most `asking.TASKS_PER_REQUEST` times its requests in flight, per batch.
+suffer. What a killed process leaves is, per batch, at most `asking.TASKS_PER_REQUEST` times its requests in flight, and
+the answers that had come since the last write to the ledger (`recording.FLUSH_ROWS`, `FLUSH_AFTER_S`).
 """
 
 from __future__ import annotations

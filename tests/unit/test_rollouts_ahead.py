@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,10 +221,11 @@ class Lengths:
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
-    def score(self, texts: list[str]) -> ScoreTable:
-        self.asked.append(texts)
+    def submit(self, texts: Sequence[str]) -> Any:
+        self.asked.append(list(texts))
         scores = [[float(text.split()[-1]), float(len(texts))] for text in texts]
-        return ScoreTable(np.array(scores), ("row", "size"))
+        table = ScoreTable(np.array(scores), ("row", "size"))
+        return SimpleNamespace(result=lambda: table)
 
 
 def part_of(batch: RolloutBatch, first: int, num: int) -> RolloutBatch:
@@ -237,7 +241,7 @@ def part_of(batch: RolloutBatch, first: int, num: int) -> RolloutBatch:
 def test_the_same_rows_are_scored_together_whoever_finishes_first(order: tuple[int, ...]) -> None:
     batch = make_batch(0, 0, num=7)[0]
     panel = Lengths()
-    stream = PanelStream(lambda texts: panel.score(texts).scores_BK, 7, size=3)
+    stream = PanelStream(panel.submit, 7, size=3)
     for first in order:
         stream.take(first, part_of(batch, first, min(2, 7 - first)))
     scores = stream.scores()
@@ -248,9 +252,8 @@ def test_the_same_rows_are_scored_together_whoever_finishes_first(order: tuple[i
 def test_a_group_is_scored_before_the_last_row_is_sampled() -> None:
     batch = make_batch(0, 0, num=4)[0]
     panel = Lengths()
-    stream = PanelStream(lambda texts: panel.score(texts).scores_BK, 4, size=2)
+    stream = PanelStream(panel.submit, 4, size=2)
     stream.take(0, part_of(batch, 0, 2))
-    stream._groups[0].result(timeout=WAIT_S)
     assert len(panel.asked) == 1
     stream.take(2, part_of(batch, 2, 2))
     assert stream.scores()[:, 0].tolist() == [0, 1, 2, 3]
