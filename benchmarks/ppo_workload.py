@@ -183,7 +183,7 @@ def _config(folder: Path, dtype: str, topology: str, policy: dict[str, Any]) -> 
         },
         "sft": {"enabled": False},
         "pairs": {"kind": "sample", "max_new_tokens": 64},
-        "preference": {"topology": topology, "baselines": [], "score_batch_size": 32},
+        "preference": {"topology": topology, "baselines": [], "last_block_at_end": True},
         "policy": {
             **SETTINGS,
             "arms": [{"name": "ours", "scalarizer": "linear"}],

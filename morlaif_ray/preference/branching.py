@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from morlaif_ray.errors import ArtifactError, ConfigError
 from morlaif_ray.preference.last_token import at_last_token, supports
@@ -51,6 +52,10 @@ def layout_of(base: Any) -> Layout:
         f"preference.topology: late_branching knows GPT-2, Llama, Gemma and their like, not "
         f"{type(base).__name__}; use shared_trunk"
     )
+
+
+def _is_known_decoder(base: Any) -> bool:
+    return any(hasattr(base, blocks) and hasattr(base, norm) for blocks, norm in LAYOUTS)
 
 
 def num_branch_blocks(num_blocks: int, wanted: int | None) -> int:
@@ -147,11 +152,10 @@ def last_block_at_end(base: Any, last_B: Tensor) -> Iterator[LastTail | None]:
 
     None where the block's arithmetic is not known. Outside, the decoder is as it was: saving sees no trace.
     """
-    found = [pair for pair in LAYOUTS if hasattr(base, pair[0]) and hasattr(base, pair[1])]
-    if not found or not supports(getattr(base, found[0][0])[-1]):
+    if not _is_known_decoder(base) or not supports(getattr(base, layout_of(base).blocks)[-1]):
         yield None
         return
-    blocks = getattr(base, found[0][0])
+    blocks = getattr(base, layout_of(base).blocks)
     whole = blocks[-1]
     tail = LastTail(whole, last_B)
     blocks[-1] = tail
@@ -165,7 +169,14 @@ def end_states(
     base: Any, tokens_BL: Tensor, mask_BL: Tensor, last_B: Tensor, *, shortcut: bool
 ) -> Tensor:
     """Normed states [B, D] at the last real token; with `shortcut` the last block is computed there alone."""
-    inputs = {"input_ids": tokens_BL, "attention_mask": mask_BL, "use_cache": False}
+    inputs: dict[str, Any] = {"use_cache": False}
+    embed = base.get_input_embeddings()
+    if _is_known_decoder(base) and not isinstance(embed.weight, DTensor):
+        # Causal, padded on the right: no real token sees the padding, and the fast attention kernels take no mask.
+        # Embeddings, not ids: transformers looks for padding in these. (A sharded table only opens inside the forward.)
+        inputs["inputs_embeds"] = embed(tokens_BL)
+    else:
+        inputs |= {"input_ids": tokens_BL, "attention_mask": mask_BL}
     if shortcut:
         with last_block_at_end(base, last_B) as tail:
             if tail is not None:

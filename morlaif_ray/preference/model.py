@@ -20,6 +20,7 @@ from torch import Tensor
 from morlaif_ray.backbone import encode_scored_texts, load_tokenizer, load_whole
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.errors import ArtifactError, NumericalError
+from morlaif_ray.length_groups import cheapest_groups, pass_overhead_tokens
 from morlaif_ray.preference.batching import length_batches, padded
 from morlaif_ray.preference.branching import (
     HEAD,
@@ -187,7 +188,9 @@ class PreferenceModel:
         self.model.eval()
         ids = self.encode(texts)
         scores = np.empty((len(ids), len(self.heads if heads is None else heads)), dtype=np.float64)
-        for rows in length_batches([len(row) for row in ids], batch_size, max_tokens):
+        overhead = pass_overhead_tokens(self.model)
+        lengths = [len(row) for row in ids]
+        for rows in cheapest_groups(lengths, batch_size, max_tokens, overhead):
             scores[rows] = self._pass([ids[i] for i in rows], heads).cpu().numpy()
         return scores
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from morlaif_ray.length_groups import cheapest_groups
+
 
 @dataclass(frozen=True)
 class MicrobatchLimits:
@@ -17,8 +19,8 @@ class MicrobatchLimits:
     max_rows: int
     max_tokens: int | None = None
     """Rows times the longest row's tokens (padding counts); a single longer row is a micro-batch of its own."""
-    worthwhile_tokens: int = 256
-    """Padding that costs more than starting another forward and backward pass."""
+    overhead_tokens: int = 256
+    """What starting another forward and backward pass costs, in tokens (`length_groups.pass_overhead_tokens`)."""
 
 
 def plan_microbatches(
@@ -34,27 +36,13 @@ def plan_microbatches(
     for position, index in enumerate(order):
         lap, place = divmod(position, num_ranks)
         shares[place if lap % 2 == 0 else num_ranks - 1 - place].append(index)
-    return [_cut([(index, lengths[index]) for index in share], limits) for share in shares]
+    return [_cut(share, lengths, limits) for share in shares]
 
 
-def _cut(rows: Sequence[tuple[int, int]], limits: MicrobatchLimits) -> list[list[int]]:
-    """Cuts rows that are sorted by length where a limit or the padding so far asks for it."""
-    parts: list[list[int]] = []
-    longest = padding = 0
-    for index, length in rows:
-        full = parts and (
-            len(parts[-1]) >= limits.max_rows
-            or (
-                limits.max_tokens is not None and (len(parts[-1]) + 1) * longest > limits.max_tokens
-            )
-            or padding + longest - length > limits.worthwhile_tokens
-        )
-        if full or not parts:
-            parts.append([])
-            longest, padding = length, 0
-        parts[-1].append(index)
-        padding += longest - length
-    return parts
+def _cut(share: Sequence[int], lengths: Sequence[int], limits: MicrobatchLimits) -> list[list[int]]:
+    own = [lengths[index] for index in share]
+    groups = cheapest_groups(own, limits.max_rows, limits.max_tokens, limits.overhead_tokens)
+    return [[share[place] for place in group] for group in groups]
 
 
 def fits_at_once(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.length_groups import pass_overhead_tokens
 from morlaif_ray.rl.experience import Experience
 from morlaif_ray.rl.functional import ppo_policy_loss, ppo_value_loss
 from morlaif_ray.rl.microbatches import MicrobatchLimits, fits_at_once, plan_microbatches
@@ -49,7 +50,9 @@ class Optimisation:
         self.seed = seed
         self.device = device
         self.ranks = ranks
-        self.limits = MicrobatchLimits(config.microbatch_size, config.microbatch_tokens)
+        self.limits = MicrobatchLimits(
+            config.microbatch_size, config.microbatch_tokens, pass_overhead_tokens(policy)
+        )
         self.has_values = config.advantage == "gae"
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
         self.trainable = [p for p in policy.parameters() if p.requires_grad]

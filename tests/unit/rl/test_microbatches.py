@@ -12,17 +12,17 @@ pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
 
 def test_rows_of_like_length_go_together() -> None:
     # Longest first: 50 50 49 | 10 9: one more row of 10 would be padded by 40
-    limits = MicrobatchLimits(max_rows=64, worthwhile_tokens=30)
+    limits = MicrobatchLimits(max_rows=64, overhead_tokens=30)
     assert plan_microbatches([10, 50, 9, 50, 49], 1, limits) == [[[1, 3, 4], [0, 2]]]
 
 
 def test_padding_that_is_cheaper_than_another_pass_stays() -> None:
-    limits = MicrobatchLimits(max_rows=64, worthwhile_tokens=1000)
+    limits = MicrobatchLimits(max_rows=64, overhead_tokens=1000)
     assert plan_microbatches([10, 50, 9, 50, 49], 1, limits) == [[[1, 3, 4, 0, 2]]]
 
 
 def test_the_token_budget_counts_padding() -> None:
-    limits = MicrobatchLimits(max_rows=64, max_tokens=20, worthwhile_tokens=1000)
+    limits = MicrobatchLimits(max_rows=64, max_tokens=20, overhead_tokens=1000)
     # 2 x 10 = 20; then 8 alone with 7: 16, a third would make 24
     assert plan_microbatches([10, 10, 8, 7, 6], 1, limits) == [[[0, 1], [2, 3], [4]]]
 
