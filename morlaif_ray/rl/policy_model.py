@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.rl.lora_merging import merged_parameters
+from morlaif_ray.rl.response_rows import states_at
 from morlaif_ray.rl.sharding import decoder_layers, whole
 from morlaif_ray.rl.token_head import HeadSettings, head_logprobs
 from morlaif_ray.tensor_ops import entropy, response_positions, token_logprobs
@@ -178,11 +179,10 @@ def response_states(trunk: Any, batch: TokenBatch) -> Tensor:
     fast attention kernels take no mask. Embeddings, not ids, so that transformers does not look for padding either.
     """
     embedded_BLD = trunk.get_input_embeddings()(batch.tokens_BL)
-    hidden_BLD: Tensor = trunk(inputs_embeds=embedded_BLD, use_cache=False).last_hidden_state
-    num_rows, length, width = hidden_BLD.shape
-    starts_B = torch.arange(num_rows, device=hidden_BLD.device) * length
+    num_rows, length = batch.tokens_BL.shape
+    starts_B = torch.arange(num_rows, device=embedded_BLD.device) * length
     index_N = (batch.positions_BT + starts_B.unsqueeze(1))[batch.mask_BT]
-    return hidden_BLD.reshape(num_rows * length, width).index_select(0, index_N)
+    return states_at(trunk, embedded_BLD, index_N)
 
 
 def _spread(values_N: Tensor | None, mask_BT: Tensor) -> Tensor:
