@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-WEIGHT_TRAFFIC_TOKENS = 20
+WEIGHT_TRAFFIC_TOKENS = 32
 """What reading the weights, and adding up their gradients, costs in every pass, whatever their size."""
 LAUNCH_COST = {"cpu": 1e8, "cuda": 1e12}
 """Starting a pass's kernels, in tokens times weights. CPU: measured with 0.3M to 30M weights; CUDA: a guess."""
