@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from morlaif_ray.preference import PreferenceModel
 from morlaif_ray.preference.sharding import current_ranks, whole_weights
 from morlaif_ray.preference.stepping import _share_of
 from morlaif_ray.preference.training import TrainingData, train_preference_model
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(600)]
 
@@ -96,11 +96,8 @@ def test_two_ranks_end_with_the_weights_of_one(
 ) -> None:
     assert current_ranks().size == 1
     model, losses = train(backbone(), tmp_path / "one", lora)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Not multiprocessing: its children cannot import a test module that pytest loaded by path.
-    arguments = [str(port), backbone(), str(tmp_path), "lora" if lora else "full"]
+    arguments = [str(free_port()), backbone(), str(tmp_path), "lora" if lora else "full"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

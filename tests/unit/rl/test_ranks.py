@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl import PPOLearner
 from morlaif_ray.rl.ranks import Ranks, _buckets
+from tests.ports import free_port
 from tests.unit.rl.conftest import make_batch
 from tests.unit.rl.rank_worker import SEED, rewards_of
 
@@ -41,12 +41,6 @@ CONFIG = {
     "max_grad_norm": 0.5,
     "kl_coefficient": 0.2,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_two(folder: Path, **job: Any) -> list[tuple[dict[str, Any], list[dict[str, float]]]]:
