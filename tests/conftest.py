@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 from actors.session import prepare_environment
 
@@ -19,6 +20,9 @@ prepare_environment()
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 from tests.jobs.commands import FinishedRun, run_small  # noqa: E402
+
+# Hypothesis' own: the same examples in every run, and no limit of 200 ms for one, which a busy machine would exceed.
+settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True, scope="module")

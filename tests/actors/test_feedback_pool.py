@@ -7,9 +7,8 @@ import os
 import shutil
 import sqlite3
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,6 +26,7 @@ from morlaif_ray.errors import ActorLostError, DataError, FeedbackError, Resourc
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan, split_batches
 from morlaif_ray.types import Judgement, ResponsePair
 from tests.fake_openai.server import KEY, FakeOpenAI
+from tests.processes import WAIT_S, kill, once, pid_of, wait_until_gone
 from tests.unit.feedback.fakes import PLAN, make_pairs
 
 pytestmark = pytest.mark.actors
@@ -67,7 +67,7 @@ def api(server: FakeOpenAI, **changes: object) -> FeedbackConfig:
 
 
 def pool_of(feedback: FeedbackConfig, path: Path, **changes: float) -> FeedbackPool:
-    return FeedbackPool(feedback, PLAN, path, RECIPE, seed=0, start_timeout_s=120.0, **changes)  # type: ignore[arg-type]
+    return FeedbackPool(feedback, PLAN, path, RECIPE, seed=0, start_timeout_s=WAIT_S, **changes)  # type: ignore[arg-type]
 
 
 def batches(count: int, plan: QuestionPlan = PLAN) -> list[PairBatch]:
@@ -76,6 +76,8 @@ def batches(count: int, plan: QuestionPlan = PLAN) -> list[PairBatch]:
 
 def recorded(path: Path) -> int:
     """Rows in the ledger, read beside its writer."""
+    if not path.exists():
+        return 0
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
         try:
             return int(db.execute("SELECT count(*) FROM answers").fetchone()[0])
@@ -83,23 +85,11 @@ def recorded(path: Path) -> int:
             return 0
 
 
-def kill_when(path: Path, rows: int, victim: object) -> threading.Thread:
-    """Kills the actor's process as the system would, once so many answers are recorded; Ray may restart it."""
-    import ray
-
-    return when_recorded(path, rows, lambda: ray.kill(victim, no_restart=False))
-
-
-def when_recorded(path: Path, rows: int, act: Callable[[], object]) -> threading.Thread:
-    def wait_and_act() -> None:
-        deadline = time.monotonic() + 60.0
-        while (not path.exists() or recorded(path) < rows) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait_and_act, daemon=True)
-    thread.start()
-    return thread
+def is_waiting(path: Path, server: FakeOpenAI, num_workers: int) -> bool:
+    """All that the server answered is recorded, and every worker waits for the four requests that it has in flight."""
+    held = server.hold_after
+    assert held is not None
+    return len(server.bodies) == held + 4 * num_workers and recorded(path) == held
 
 
 def check_answers(outcomes: list, count: int) -> None:  # type: ignore[type-arg]
@@ -109,68 +99,89 @@ def check_answers(outcomes: list, count: int) -> None:  # type: ignore[type-arg]
     assert found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("victim", ["worker", "ledger"])
-def test_a_killed_actor_loses_no_answer_and_pays_none_twice(
-    local_ray: None, tmp_path: Path, victim: str
+def test_a_killed_worker_loses_no_answer_and_asks_only_what_it_had_in_flight_again(
+    local_ray: None, tmp_path: Path
 ) -> None:
     path = tmp_path / "l.sqlite"
-    with FakeOpenAI(delay_s=0.02) as server, pool_of(api(server), path) as pool:
-        killer = kill_when(path, 40, pool.workers[0] if victim == "worker" else pool._ledger)
+    with FakeOpenAI(hold_after=80) as server, pool_of(api(server), path) as pool:
+        killer = once(
+            lambda: is_waiting(path, server, 2), lambda: (kill(pool.workers[0]), server.release())
+        )
         advanced: list[int] = []
         outcomes = pool.answer(batches(60), advanced.append)
-        killer.join(timeout=60)
+        killer.join(WAIT_S)
         check_answers(outcomes, 60)
-        assert recorded(path) == 240
-        assert sum(advanced) == 240
-        # What was in flight in the killed worker may be asked again, nothing else.
-        assert 240 <= server.num_answered <= 240 + 2 * pool_in_flight(victim)
+        assert recorded(path) == sum(advanced) == 240
+        assert len(server.bodies) == 240 + 4
 
 
-def pool_in_flight(victim: str) -> int:
-    """Requests in flight, or answered within the last flush interval, when a worker dies."""
-    return 30 if victim == "worker" else 0
+def test_a_killed_ledger_loses_no_answer_and_nothing_is_asked_again(
+    local_ray: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "l.sqlite"
+    # It dies while answers come, and some of them only come when it is dead.
+    with FakeOpenAI(delay_s=0.02, hold_after=200) as server, pool_of(api(server), path) as pool:
+        killer = once(lambda: recorded(path) >= 40, lambda: (kill(pool._ledger), server.release()))
+        outcomes = pool.answer(batches(60))
+        killer.join(WAIT_S)
+        check_answers(outcomes, 60)
+        assert recorded(path) == len(server.bodies) == 240
 
 
 def test_a_worker_that_dies_beyond_its_budget_ends_the_run_and_the_next_run_resumes(
     local_ray: None, tmp_path: Path
 ) -> None:
     path = tmp_path / "l.sqlite"
-    with FakeOpenAI(delay_s=0.02) as server:
+    with FakeOpenAI(hold_after=40) as server:
         feedback = api(server, num_workers=1)
         with pool_of(feedback, path, max_restarts=0) as pool:
-            kill_when(path, 20, pool.workers[0])
+            once(lambda: is_waiting(path, server, 1), lambda: kill(pool.workers[0]))
             with pytest.raises(
                 ActorLostError, match=r"died more often than its 0 restarts allow.*nothing recorded"
             ):
                 pool.answer(batches(40))
-        before = recorded(path)
-        assert 0 < before < 160
-        answered = server.num_answered
+        assert recorded(path) == 40
+        server.release()
         with pool_of(feedback, path) as pool:
-            assert pool.num_recorded_before == before
+            assert pool.num_recorded_before == 40
             check_answers(pool.answer(batches(40)), 40)
-        assert server.num_answered - answered == 160 - before
+        assert len(server.bodies) == 40 + 4 + 120
 
 
 def test_a_worker_that_hangs_is_killed_and_its_batch_is_done_by_its_successor(
-    local_ray: None, tmp_path: Path
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import ray
+
     path = tmp_path / "l.sqlite"
-    with FakeOpenAI(delay_s=0.02) as server:
-        judge = {"kind": "openai", "model": "m", "base_url": server.url, "api_key_env": KEY_ENV}
-        feedback = api(server, num_workers=1, judge=judge | {"request_timeout_s": 1.0})
-        with pool_of(feedback, path, stall_timeout_s=3.0) as pool:
-            pool.wait_until_started()
-            workers = [
-                child
-                for child in psutil.Process().children(recursive=True)
-                if child.name().startswith("ray::FeedbackWo")
-            ]
-            assert len(workers) == 1
-            freezer = when_recorded(path, 20, workers[0].suspend)
+    killed: list[object] = []
+    kill_actor = ray.kill
+    with (
+        FakeOpenAI(hold_after=40) as server,
+        pool_of(api(server, num_workers=1), path) as pool,
+    ):
+        pool.wait_until_started()
+        victim = pid_of(pool.workers[0])
+
+        def freeze() -> None:
+            psutil.Process(victim).suspend()
+            pool.stall_timeout_s = 1.0  # only now: however slow a worker is, it is not silent
+            server.release()
+
+        def note_and_kill(actor: object, **options: bool) -> None:
+            killed.append(actor)
+            pool.stall_timeout_s = WAIT_S  # its successor has all the time that it needs to start
+            kill_actor(actor, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ray, "kill", note_and_kill)
+            freezer = once(lambda: is_waiting(path, server, 1), freeze)
             check_answers(pool.answer(batches(40)), 40)
-            freezer.join(timeout=60)
+        freezer.join(WAIT_S)
+        assert killed == [pool.workers[0]]
+        wait_until_gone(victim)
         assert recorded(path) == 160
+        assert len(server.bodies) == 160 + 4
 
 
 def test_failed_questions_are_asked_again_in_an_extra_round(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import NumericalError
+from tests.processes import WAIT_S, wait_until_gone
 from tests.unit.rl.conftest import MAX_LENGTH, WORDS, make_batch
 
 pytestmark = [
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.usefixtures("ray_session"),
     pytest.mark.timeout(600),
 ]
-WAIT_S = 120.0
 SETTINGS = {
     "batch_size": 6,
     "num_epochs": 2,
@@ -105,8 +104,7 @@ def test_a_group_that_loses_a_rank_ends_and_its_successor_reaches_the_same_bytes
     os.kill(second, signal.SIGKILL)
     with pytest.raises(ray.exceptions.RayActorError):
         train(group, range(2, 3))
-    psutil.wait_procs([psutil.Process(first)] if psutil.pid_exists(first) else [], timeout=WAIT_S)
-    assert not psutil.pid_exists(first)  # the group ended as a whole
+    wait_until_gone(first)  # the group ended as a whole
 
     again = spawn("disturbed", learner_ranks=2, fsdp=fsdp)
     assert ask(again, "ping") == 2
@@ -120,10 +118,8 @@ def test_a_group_that_loses_a_rank_ends_and_its_successor_reaches_the_same_bytes
 def test_the_death_of_rank_zero_ends_the_other_ranks(spawn: Callable[..., Any]) -> None:
     group = spawn("owner", learner_ranks=2)
     first, second = ask(group, "pids")
-    other = psutil.Process(second)
     os.kill(first, signal.SIGKILL)
-    gone, _ = psutil.wait_procs([other], timeout=WAIT_S)
-    assert gone == [other]
+    wait_until_gone(second)
 
 
 def test_an_error_that_all_ranks_meet_is_raised_as_it_is(spawn: Callable[..., Any]) -> None:

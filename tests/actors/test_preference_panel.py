@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -22,6 +21,7 @@ from morlaif_ray.config import Config, parse_config
 from morlaif_ray.config.inputs import LoraConfig, ScratchModel
 from morlaif_ray.errors import ActorLostError, ArtifactError, NumericalError
 from morlaif_ray.preference import PreferenceModel
+from tests.processes import kill, pid_of
 
 pytestmark = [
     pytest.mark.actors,
@@ -58,7 +58,7 @@ def save_model(path: str, heads: tuple[str, ...], folder: Path, **options: Any) 
 
 
 def config(**preference: Any) -> Config:
-    policy = {"max_restarts": 1, "call_timeout_s": 60.0}
+    policy = {"max_restarts": 1, "call_timeout_s": 240.0}
     return parse_config({"preference": preference, "policy": policy}, "test")
 
 
@@ -119,19 +119,6 @@ def test_every_topology_gives_the_columns_of_its_saved_models(
     ):
         panel.score(TEXTS, ["wit"])
     panel.close()
-
-
-def pid_of(handle: Any) -> int:
-    import ray
-
-    return int(ray.get(handle.__ray_call__.remote(lambda self: os.getpid())))
-
-
-def kill(handle: Any) -> None:
-    """SIGKILL, as the kernel does when memory runs out; returns when the process is gone."""
-    process = psutil.Process(pid_of(handle))
-    process.kill()
-    psutil.wait_procs([process], timeout=10)
 
 
 def test_batches_in_flight_survive_a_killed_actor_without_loss_or_doubling(

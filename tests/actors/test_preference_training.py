@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from morlaif_ray.config import Config, parse_config
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.errors import NumericalError
 from morlaif_ray.preference import PreferenceModel
+from tests.processes import WAIT_S, once
 
 pytestmark = [
     pytest.mark.actors,
@@ -105,17 +104,10 @@ def training_processes() -> list[psutil.Process]:
     return found
 
 
-def kill_worker_when(condition: Callable[[], bool], killed: list[int]) -> threading.Thread:
-    def watch() -> None:
-        while not condition():
-            threading.Event().wait(0.005)
-        for process in training_processes():
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+def kill_workers(killed: list[int]) -> None:
+    for process in training_processes():
+        os.kill(process.pid, signal.SIGKILL)
+        killed.append(process.pid)
 
 
 def steps_done(path: Path) -> int:
@@ -133,10 +125,11 @@ def test_a_killed_training_worker_goes_on_from_its_checkpoint_to_the_same_bits(
     hit = work_folder(tmp_path / "hit")
     state = hit / "checkpoints" / "likes_good" / "checkpoint" / "state.json"
     killed: list[int] = []
-    killer = kill_worker_when(lambda: steps_done(state) >= 40, killed)
+    # At the first of fifteen checkpoints: however late the signal comes, there is something left to do.
+    killer = once(lambda: steps_done(state) >= 20, lambda: kill_workers(killed))
     advanced: list[int] = []
     fit_preference_models(config(), hit, {"likes_good": ["likes_good"]}, backbone, advanced.append)
-    killer.join(timeout=10)
+    killer.join(WAIT_S)
     assert len(killed) == 1
     assert sum(advanced) == 2 * NUM_PAIRS / 4
     for name in ("models/likes_good/model.safetensors", "losses/likes_good.csv"):

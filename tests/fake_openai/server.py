@@ -2,6 +2,7 @@
 
     with FakeOpenAI() as server:
         server.faults.extend(["429", "ok", "hang"])   # one per request, then "ok" for ever
+        server.hold_after = 40                         # what comes then waits for server.release()
         ... OpenAIJudge(base_url=server.url) ...
 
 Its answer is a function of the pair: log-odds of A = TASTE * (words of A - words of B) + POSITION_BIAS.
@@ -56,9 +57,13 @@ class FakeOpenAI:
     default_fault: str = "ok"
     delay_s: float = 0.0
     """Every answer takes this long."""
+    hold_after: int | None = None
+    """So many requests are answered; those after them wait for `release`, so that a test can act meanwhile."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._num_admitted = 0
+        self._released = threading.Event()
         self._stopping = threading.Event()
         owner = self
 
@@ -85,8 +90,13 @@ class FakeOpenAI:
         self._thread.start()
         return self
 
+    def release(self) -> None:
+        """Answers what was held, and all that is to come."""
+        self._released.set()
+
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
+        self._released.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)
@@ -116,6 +126,11 @@ class FakeOpenAI:
 
     def _answer(self, request: BaseHTTPRequestHandler, body: dict[str, Any], fault: str) -> None:
         self._stopping.wait(self.delay_s)
+        with self._lock:
+            self._num_admitted += 1
+            held = self.hold_after is not None and self._num_admitted > self.hold_after
+        if held:
+            self._released.wait()
         text = body["messages"][-1]["content"]
         match = _RESPONSES.search(text)
         assert match is not None, text

@@ -29,9 +29,9 @@ from tests.jobs.commands import (
 )
 from tests.ports import free_ports
 
-pytestmark = [pytest.mark.jobs, pytest.mark.timeout(900)]
-START_TIMEOUT_S = 90.0
-JOB_TIMEOUT_S = 240.0
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(2400)]
+START_TIMEOUT_S = 300.0
+JOB_TIMEOUT_S = 900.0
 RAY = Path(sys.executable).with_name("ray")
 
 

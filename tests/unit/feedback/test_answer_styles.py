@@ -229,7 +229,7 @@ def test_joint_questions_survive_every_fault_and_spend_what_the_server_counted(
     server: FakeOpenAI,
 ) -> None:
     server.faults.extend(["429", "ok", "500", "reset", "invalid_json", "503", "not_a_completion"])
-    config = feedback(server, {"request_timeout_s": 2.0}, joint=3)
+    config = feedback(server, {"request_timeout_s": 60.0}, joint=3)
     names = (
         ("detail", "Longer?"),
         ("not_brief", "Not brief?"),

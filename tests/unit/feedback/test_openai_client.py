@@ -158,7 +158,7 @@ def test_with_every_fault_in_between_all_questions_end_right_and_are_recorded_on
     ledger = MemoryLedger()
 
     async def work():  # type: ignore[no-untyped-def]
-        client = build_client(judge(server, request_timeout_s=0.5), seed=0)
+        client = build_client(judge(server, request_timeout_s=2.0), seed=0)
         try:
             return await make_runner(client, ledger, max_attempts=6).run(batch_of(4))
         finally:

@@ -32,7 +32,7 @@ def main(job_file: str, rank: int) -> None:
     torch.set_num_threads(1)
     job = json.loads(Path(job_file).read_text())
     config = PolicyConfig(**job["config"])
-    ranks = join_ranks(rank, job["size"], job["address"], "cpu", 60.0)
+    ranks = join_ranks(rank, job["size"], job["address"], "cpu", 240.0)
     learner = PPOLearner(
         job["model"], config, seed=SEED, ranks=ranks, dtype=job.get("dtype", "float32")
     )
