@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from morlaif_ray.feedback.questions import split_batches
 from morlaif_ray.feedback.rate import Cost
 from morlaif_ray.feedback.status import read_progress
 from tests.fake_openai.server import KEY, FakeOpenAI
+from tests.local_ray import local_ray
 from tests.processes import WAIT_S, kill, once
 from tests.unit.feedback.fakes import PLAN, make_pairs
 
@@ -36,22 +35,10 @@ WRONG_KEY_ENV = "MORLAIF_TEST_WRONG_KEY"
 
 @pytest.fixture(scope="module")
 def session_folder() -> Iterator[Path]:
-    """A local Ray; its folder holds every log that its processes write."""
+    """The folder of a local Ray."""
     os.environ |= {KEY_ENV: KEY, WRONG_KEY_ENV: WRONG_KEY}
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    folder = Path(tempfile.mkdtemp(prefix="fm-", dir="/tmp"))
-    import ray
-
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 1024**2,
-        _temp_dir=str(folder),
-        logging_level="ERROR",
-    )
-    yield folder
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with local_ray(log_to_driver=True) as folder:
+        yield folder
 
 
 def priced(folder: Path, server: FakeOpenAI, **changes: object) -> FeedbackConfig:

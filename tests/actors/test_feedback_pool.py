@@ -6,9 +6,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -34,30 +32,10 @@ KEY_ENV = "MORLAIF_TEST_JUDGE_KEY"
 RECIPE = LedgerRecipe(PLAN.recipe, "{}", "template")
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", KEY_ENV: KEY}
-    os.environ["PYTHONPATH"] = str(
-        Path(__file__).parents[2]
-    )  # actors import the checkout under test
-    folder = tempfile.mkdtemp(prefix="fb-", dir="/tmp")  # Ray's socket paths must be short
-    token = Path(folder, "token")
-    token.touch(mode=0o600)
-    token.write_text("0123456789abcdef" * 4)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-    import ray
-
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200 * 1024**2,
-        _temp_dir=folder,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+@pytest.fixture(scope="module", autouse=True)
+def _key() -> None:
+    """Before Ray starts, whose workers inherit it; `tests/conftest.py` restores what was there."""
+    os.environ[KEY_ENV] = KEY
 
 
 def api(server: FakeOpenAI, **changes: object) -> FeedbackConfig:
@@ -100,7 +78,7 @@ def check_answers(outcomes: list, count: int) -> None:  # type: ignore[type-arg]
 
 
 def test_a_killed_worker_loses_no_answer_and_asks_only_what_it_had_in_flight_again(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     path = tmp_path / "l.sqlite"
     with FakeOpenAI(hold_after=80) as server, pool_of(api(server), path) as pool:
@@ -116,7 +94,7 @@ def test_a_killed_worker_loses_no_answer_and_asks_only_what_it_had_in_flight_aga
 
 
 def test_a_killed_ledger_loses_no_answer_and_nothing_is_asked_again(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     path = tmp_path / "l.sqlite"
     # It dies while answers come, and some of them only come when it is dead.
@@ -129,7 +107,7 @@ def test_a_killed_ledger_loses_no_answer_and_nothing_is_asked_again(
 
 
 def test_a_worker_that_dies_beyond_its_budget_ends_the_run_and_the_next_run_resumes(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     path = tmp_path / "l.sqlite"
     with FakeOpenAI(hold_after=40) as server:
@@ -149,7 +127,7 @@ def test_a_worker_that_dies_beyond_its_budget_ends_the_run_and_the_next_run_resu
 
 
 def test_a_worker_that_hangs_is_killed_and_its_batch_is_done_by_its_successor(
-    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
@@ -185,7 +163,7 @@ def test_a_worker_that_hangs_is_killed_and_its_batch_is_done_by_its_successor(
 
 
 def test_failed_questions_are_asked_again_in_an_extra_round(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     with FakeOpenAI() as server:
         server.faults.extend(["400"] * 3)
@@ -195,7 +173,7 @@ def test_failed_questions_are_asked_again_in_an_extra_round(
         assert server.num_answered == 20
 
 
-def test_limits_are_kept_by_one_limiter_for_all_workers(local_ray: None, tmp_path: Path) -> None:
+def test_limits_are_kept_by_one_limiter_for_all_workers(ray_session: None, tmp_path: Path) -> None:
     with FakeOpenAI() as server:
         feedback = api(server, requests_per_minute=1200.0)  # 20 a second
         with pool_of(feedback, tmp_path / "l.sqlite") as pool:
@@ -206,7 +184,7 @@ def test_limits_are_kept_by_one_limiter_for_all_workers(local_ray: None, tmp_pat
             )  # one second's burst is allowed
 
 
-def test_a_second_run_on_the_same_ledger_hears_one_line(local_ray: None, tmp_path: Path) -> None:
+def test_a_second_run_on_the_same_ledger_hears_one_line(ray_session: None, tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
     with (
         FakeOpenAI() as server,
@@ -238,7 +216,7 @@ def test_a_ledger_too_slow_to_say_what_it_holds_is_one_line(
         pool.unfinished_first(batches(2))
 
 
-def test_a_missing_key_reaches_the_driver_as_one_line(local_ray: None, tmp_path: Path) -> None:
+def test_a_missing_key_reaches_the_driver_as_one_line(ray_session: None, tmp_path: Path) -> None:
     with FakeOpenAI() as server:
         judge = {
             "kind": "openai",
@@ -268,7 +246,7 @@ def run_of(run_dir: Path, pairs: list[ResponsePair], **feedback: object) -> JobC
 
 
 def test_the_job_writes_its_stage_and_the_same_command_skips_it(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     context = run_of(tmp_path / "run", make_pairs(30))
     collect_feedback.run(context)
@@ -300,7 +278,7 @@ def test_the_job_writes_its_stage_and_the_same_command_skips_it(
 
 
 def test_same_seed_and_pairs_give_the_same_bytes_however_often_the_run_was_interrupted(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     for name, workers in (("one", 1), ("two", 2)):
         collect_feedback.run(run_of(tmp_path / name, make_pairs(20), num_workers=workers))
@@ -314,7 +292,7 @@ def test_same_seed_and_pairs_give_the_same_bytes_however_often_the_run_was_inter
 
 
 def test_too_many_missing_answers_end_the_stage_with_the_reason(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     judge = {"kind": "rules", "measures": "lexical", "fault_share": 0.5}
     with pytest.raises(

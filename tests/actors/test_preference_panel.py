@@ -16,9 +16,8 @@ import torch
 from actors.preference_model import PreferenceModelActor
 from actors.preference_panel import Column, PreferencePanel, panel_columns
 from morlaif_ray.artifacts import write_json
-from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 from morlaif_ray.config import Config, parse_config
-from morlaif_ray.config.inputs import LoraConfig, ScratchModel
+from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.errors import ActorLostError, ArtifactError, NumericalError
 from morlaif_ray.preference import PreferenceModel
 from tests.processes import kill, pid_of
@@ -32,18 +31,6 @@ HEADS = ("empathy", "detail", "bias")
 TEXTS = [
     f"\n\nHuman: {'red ' * (i % 7)}sun\n\nAssistant: {'moon ' * (i % 5)}good" for i in range(40)
 ]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("backbone")
-    tokenizer = build_word_tokenizer(
-        ["Human: Assistant: good bad red sun moon"], vocabulary_size=50, max_length=24
-    )
-    size = ScratchModel(width=16, num_layers=2, num_heads=2, max_length=24)
-    save_pretrained(build_scratch_model(size, tokenizer, seed=1), tokenizer, folder)
-    return str(folder)
 
 
 def save_model(path: str, heads: tuple[str, ...], folder: Path, **options: Any) -> PreferenceModel:

@@ -12,13 +12,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import torch
 
 from actors.preference_trials import fit_preference_models, preference_loop
 from morlaif_ray.artifacts import write_table
-from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 from morlaif_ray.config import Config, parse_config
-from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.errors import NumericalError
 from morlaif_ray.preference import PreferenceModel
 from tests.processes import WAIT_S, once
@@ -30,18 +27,6 @@ pytestmark = [
 ]
 FOLDERS = ("models", "losses", "progress", "checkpoints", "notes", "failures")
 NUM_PAIRS = 600
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("backbone")
-    tokenizer = build_word_tokenizer(
-        ["Human: Assistant: good bad red sun moon"], vocabulary_size=50, max_length=24
-    )
-    size = ScratchModel(width=16, num_layers=2, num_heads=2, max_length=24)
-    save_pretrained(build_scratch_model(size, tokenizer, seed=1), tokenizer, folder)
-    return str(folder)
 
 
 def config(**preference: Any) -> Config:

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 
 import pytest
 from openai.types.chat import ChatCompletion
@@ -28,18 +27,11 @@ from morlaif_ray.feedback.parsing import HARD_LOG_ODDS, parse_answer
 from morlaif_ray.feedback.questions import QuestionPlan
 from morlaif_ray.feedback.recording import BatchOutcome
 from tests.fake_openai.answers import one_token_answer
-from tests.fake_openai.server import KEY, FakeOpenAI, true_log_odds
+from tests.fake_openai.server import FakeOpenAI, true_log_odds
 from tests.unit.feedback.fakes import MemoryLedger, batch_of, make_runner
 
 pytestmark = pytest.mark.unit
 FIRST, SECOND = " three words here", " one"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOpenAI]:
-    monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
-    with FakeOpenAI() as fake:
-        yield fake
 
 
 def feedback(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,13 +18,6 @@ from tests.unit.feedback.fakes import MemoryLedger, batch_of, make_runner, words
 
 pytestmark = pytest.mark.unit
 FIRST, SECOND = " three words here", " one"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOpenAI]:
-    monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
-    with FakeOpenAI() as fake:
-        yield fake
 
 
 def judge(server: FakeOpenAI, **changes: object) -> OpenAIJudge:
