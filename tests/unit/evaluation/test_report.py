@@ -133,8 +133,8 @@ def test_the_summary_says_the_headline_figures_in_words(built):
     assert "penalises anti-sycophancy, so rewards sycophancy" in page.words
 
 
-def test_a_report_takes_less_than_twelve_seconds_of_cpu(built):
-    assert built[2] < 12.0
+def test_a_report_takes_seconds_of_cpu_and_not_minutes(built):
+    assert built[2] < 60.0  # some 3 s here; for a machine that is many times slower
 
 
 def test_the_same_files_give_the_same_bytes(built, whole_run, tmp_path):
