@@ -14,10 +14,12 @@ def local_ray(num_cpus: int = 4, *, log_to_driver: bool = False) -> Iterator[Pat
     """Its folder, which holds every log that its processes write. Its workers inherit the environment of the moment."""
     import ray
 
+    from actors.session import start_ray
+
     folder = tempfile.mkdtemp(
         prefix="mt-", dir="/tmp"
     )  # Ray's socket paths are limited to 107 bytes
-    ray.init(
+    start_ray(
         num_cpus=num_cpus,
         include_dashboard=False,
         log_to_driver=log_to_driver,

@@ -46,6 +46,7 @@ def priced(folder: Path, server: FakeOpenAI, **changes: object) -> FeedbackConfi
     prices = folder / "prices.yaml"
     prices.write_text("as_of: 2026-11-21\nmodels:\n  fake: {prompt: 5.0, completion: 5.0}\n")
     judge = {"kind": "openai", "model": "fake", "base_url": server.url, "api_key_env": KEY_ENV}
+    judge["request_timeout_s"] = WAIT_S  # no request is sent twice because this machine is slow
     values = {"judge": judge, "max_in_flight": 4, "num_workers": 2, "prices_file": prices}
     return FeedbackConfig.model_validate(values | changes)
 
@@ -107,7 +108,7 @@ def test_what_a_killed_worker_had_in_flight_is_counted_as_possibly_spent(
 
             def both_wait() -> bool:
                 recorded = ray.get(pool._ledger.open.remote(), timeout=WAIT_S)
-                return len(server.bodies) == 40 + 2 * 4 and recorded == 40
+                return len(server.bodies) >= 40 + 2 * 4 and recorded == 40
 
             killer = once(both_wait, lambda: (kill(pool.workers[0]), server.release()))
             outcomes = pool.answer(batches)
