@@ -88,7 +88,7 @@ def test_the_budget_ends_the_run_cleanly_and_a_higher_one_goes_on(
         progress = read_progress(tmp_path / "logs" / "feedback_progress.json")
         assert progress is not None
         assert (progress.running, progress.total) == (False, 160)
-        with pool_of(priced(tmp_path, server, budget_usd=5.0), tmp_path) as pool:
+        with pool_of(priced(tmp_path, server, budget_usd=5.0, num_workers=1), tmp_path) as pool:
             assert pool.num_recorded_before == recorded
             outcomes = pool.answer(batches)
         assert sum(outcome.num_failed for outcome in outcomes) == 0
@@ -133,7 +133,7 @@ def test_a_restarted_limiter_counts_what_the_one_before_let_go(
 
     with (
         FakeOpenAI() as server,
-        pool_of(priced(tmp_path, server, budget_usd=1.0), tmp_path) as pool,
+        pool_of(priced(tmp_path, server, budget_usd=1.0, num_workers=1), tmp_path) as pool,
     ):
         pool.wait_until_started()
         one, nothing = Cost(0.0, 0.3), Cost(0.0, 0.0)
@@ -164,9 +164,10 @@ def test_a_resumed_run_begins_with_what_is_not_answered(
 ) -> None:
     batches = list(split_batches(make_pairs(40), PLAN, questions_per_batch=16))
     with FakeOpenAI() as server:
-        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+        feedback = priced(tmp_path, server, num_workers=1)
+        with pool_of(feedback, tmp_path) as pool:
             pool.answer(batches[:6])
-        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+        with pool_of(feedback, tmp_path) as pool:
             assert pool.unfinished_first(batches) == [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
 
 
@@ -185,7 +186,7 @@ def test_a_wrong_key_costs_a_handful_of_requests_and_no_key_is_written_anywhere(
         assert WRONG_KEY not in str(caught.value)
         assert len(server.bodies) <= 2 * 2 * 4  # workers x batches under way x slow start
         server.faults.extend(["500", "400", "invalid_json"])
-        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+        with pool_of(priced(tmp_path, server, num_workers=1), tmp_path) as pool:
             pool.answer(batches)
     searched = 0
     for folder in (tmp_path, session_folder):

@@ -168,7 +168,7 @@ def test_failed_questions_are_asked_again_in_an_extra_round(
 ) -> None:
     with FakeOpenAI() as server:
         server.faults.extend(["400"] * 3)
-        feedback = api(server, retry_failed=1)
+        feedback = api(server, num_workers=1, retry_failed=1)
         with pool_of(feedback, tmp_path / "l.sqlite") as pool:
             check_answers(pool.answer(batches(5)), 5)
         assert server.num_answered == 20
@@ -229,7 +229,7 @@ def test_a_missing_key_reaches_the_driver_as_one_line(ray_session: None, tmp_pat
             pytest.raises(
                 FeedbackError, match=r"^environment variable NO_SUCH_KEY_HERE is not set"
             ),
-            pool_of(api(server, judge=judge), tmp_path / "l.sqlite") as pool,
+            pool_of(api(server, num_workers=1, judge=judge), tmp_path / "l.sqlite") as pool,
         ):
             pool.answer(batches(4))
         assert server.bodies == []
