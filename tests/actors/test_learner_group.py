@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from actors.ppo_learner import spawn_ppo_learner
 from actors.supervision import cause_of
@@ -18,6 +17,7 @@ from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import NumericalError
+from tests.opinions import give_opinions
 from tests.processes import WAIT_S, wait_until_gone
 from tests.unit.rl.conftest import MAX_LENGTH, WORDS, make_batch
 
@@ -41,11 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = build_word_tokenizer([WORDS], vocabulary_size=50, max_length=MAX_LENGTH)
     size = ScratchModel(width=16, num_layers=2, num_heads=2, max_length=MAX_LENGTH)
     made = build_scratch_model(size, tokenizer, seed=3)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6.0)
-    save_pretrained(made, tokenizer, folder)
+    save_pretrained(give_opinions(made), tokenizer, folder)
     return str(folder)
 
 

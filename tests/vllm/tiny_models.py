@@ -11,6 +11,7 @@ import torch
 from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.types import GenerationRequest, RolloutBatch
+from tests.opinions import give_opinions
 from tests.unit.feedback.tiny_judges import CHAT_TEMPLATE, make_letter_judge
 
 WORDS = "Human: Assistant: red green blue sun moon star"
@@ -60,11 +61,7 @@ def make_model(kind: str, folder: Path, seed: int = 3) -> Any:
             tie_word_embeddings=False,
         )
         model = hf.LlamaForCausalLM(settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6.0)
-    model.eval()
+    give_opinions(model).eval()
     save_pretrained(model, tokenizer, folder)
     return model
 

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-PRINCIPLES = [
-    "helpfulness",
-    "ethicality",
-    "factuality",
-    "toxicity",
-    "sycophancy",
-    "empathy",
-    "relevance",
-    "context",
-    "bias",
-    "understandability",
-    "detail",
-    "conciseness",
-]
+from morlaif_ray.principles import PAPER_ORDER
+
+PRINCIPLES = list(PAPER_ORDER)
 WEIGHTS = (0.62, 0.31, 0.44, 0.35, -0.41, 0.37, 0.33, 0.21, 0.18, 0.29, 0.12, 0.03)
 SCALARIZERS = {
     "linear": 0.662,
