@@ -46,6 +46,13 @@ def true_log_odds(first: str, second: str) -> float:
     return TASTE * (len(first.split()) - len(second.split())) + POSITION_BIAS
 
 
+class PatientServer(ThreadingHTTPServer):
+    """Lets many clients wait to be accepted: Python's five are soon reached where this process gets little CPU."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+
 @dataclass
 class FakeOpenAI:
     port: int = 0
@@ -76,8 +83,7 @@ class FakeOpenAI:
             def log_message(self, *_: object) -> None:
                 return None
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self._server.daemon_threads = True
+        self._server = PatientServer(("127.0.0.1", self.port), Handler)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), daemon=True
         )
