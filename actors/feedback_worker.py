@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import ActorLostError, MorlaifError
@@ -47,8 +47,10 @@ class Heartbeat:
     """The last failed attempt in words, retried or not."""
 
 
-class RemoteLedger:
-    """The ledger actor as `asking.AnswerLedger`."""
+class _ByName:
+    """An actor that is found when the first call needs it."""
+
+    who: ClassVar[str]
 
     def __init__(self, name: str, timeout_s: float) -> None:
         self._name = name
@@ -60,14 +62,36 @@ class RemoteLedger:
 
         return ray.get_actor(self._name)
 
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        """Awaits one remote call; our own errors come back as they are, a lost actor in one line."""
+        import ray
+
+        try:
+            reference = getattr(self._handle, method).remote(*arguments)
+            return await asyncio.wait_for(reference, self._timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            raise own_error(error) from None
+        except TimeoutError:
+            raise ActorLostError(
+                f"the {self.who} did not answer within {self._timeout_s:g} s; is its disk or node overloaded?"
+            ) from None
+        except ray.exceptions.RayActorError:
+            raise ActorLostError(
+                f"the {self.who} died too often; run the same command again, nothing recorded is lost"
+            ) from None
+
+
+class RemoteLedger(_ByName):
+    """The ledger actor as `asking.AnswerLedger`."""
+
+    who = "ledger"
+
     async def lookup(self, keys: Sequence[bytes]) -> dict[bytes, StoredAnswer]:
-        found: dict[bytes, StoredAnswer] = await _call(
-            self._handle.lookup, "ledger", self._timeout_s, list(keys)
-        )
+        found: dict[bytes, StoredAnswer] = await self._call("lookup", list(keys))
         return found
 
     async def announce(self, intents: Sequence[Intent]) -> None:
-        await _call(self._handle.announce, "ledger", self._timeout_s, list(intents))
+        await self._call("announce", list(intents))
 
     async def append(
         self,
@@ -75,58 +99,23 @@ class RemoteLedger:
         failures: Sequence[FailureRow],
         settled: Sequence[Settled],
     ) -> None:
-        await _call(
-            self._handle.append,
-            "ledger",
-            self._timeout_s,
-            list(rows),
-            list(failures),
-            list(settled),
-        )
+        await self._call("append", list(rows), list(failures), list(settled))
 
 
-class RemoteLimiter:
+class RemoteLimiter(_ByName):
     """The limiter actor as `permits.Limiter`."""
 
-    def __init__(self, name: str, timeout_s: float) -> None:
-        self._name = name
-        self._timeout_s = timeout_s
-
-    @cached_property
-    def _handle(self) -> ray.actor.ActorHandle:
-        import ray
-
-        return ray.get_actor(self._name)
+    who = "rate limiter"
 
     async def acquire(self, wanted: Sequence[Cost], estimated: Cost, actual: Cost) -> Grant:
-        answer: Grant = await _call(
-            self._handle.acquire, "rate limiter", self._timeout_s, list(wanted), estimated, actual
-        )
+        answer: Grant = await self._call("acquire", list(wanted), estimated, actual)
         return answer
 
     async def pause(self, wait_s: float) -> None:
-        await _call(self._handle.pause, "rate limiter", self._timeout_s, wait_s)
+        await self._call("pause", wait_s)
 
     async def report(self, news: News, hints: RateHints | None) -> None:
-        await _call(self._handle.report, "rate limiter", self._timeout_s, news, hints)
-
-
-async def _call(method: Any, who: str, timeout_s: float, *arguments: Any) -> Any:
-    """Awaits one remote call; our own errors come back as they are, a lost actor in one line."""
-    import ray
-
-    try:
-        return await asyncio.wait_for(method.remote(*arguments), timeout_s)
-    except ray.exceptions.RayTaskError as error:
-        raise own_error(error) from None
-    except TimeoutError:
-        raise ActorLostError(
-            f"the {who} did not answer within {timeout_s:g} s; is its disk or node overloaded?"
-        ) from None
-    except ray.exceptions.RayActorError:
-        raise ActorLostError(
-            f"the {who} died too often; run the same command again, nothing recorded is lost"
-        ) from None
+        await self._call("report", news, hints)
 
 
 def own_error(error: Any) -> BaseException:

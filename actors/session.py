@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from morlaif_ray.config.operations import ClusterConfig
 from morlaif_ray.errors import ResourceError
@@ -51,6 +51,7 @@ HTTP2_SETTINGS = b"\x04"
 """Type of the frame that every HTTP/2 server, so every gRPC server, sends first."""
 SESSION_PREFIX = "morlaif-"
 OWNER = "pid"
+START_ATTEMPTS = 3
 
 
 def prepare_environment() -> None:
@@ -146,7 +147,6 @@ def _first_bytes(stream: BinaryIO) -> bytes:
 
 
 def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -> None:
-    import ray
 
     say("starting a local Ray")
     _remove_orphans()
@@ -161,7 +161,7 @@ def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], Non
             stream.write(secrets.token_hex(32))
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     try:
-        ray.init(
+        start_ray(
             num_cpus=cluster.num_cpus,
             include_dashboard=cluster.dashboard,
             dashboard_host="127.0.0.1",
@@ -176,6 +176,20 @@ def _start_local(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], Non
             f"the local Ray did not start ({_first_line(error)}); see 'morlaif doctor'"
         ) from error
     atexit.register(_end_local, session_dir, log_dir)
+
+
+def start_ray(**options: Any) -> None:
+    """`ray.init`, tried again where a busy machine did not bring its processes up within the 30 s that Ray waits."""
+    import ray
+
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if not attempts_left or "timed out" not in str(error).lower():
+                raise
+            ray.shutdown()
 
 
 def _remove_orphans() -> None:

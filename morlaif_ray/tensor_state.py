@@ -7,7 +7,6 @@ restores parameters, optimizer moments and step counts bit for bit.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from morlaif_ray.durability import sync_path
 from morlaif_ray.errors import ArtifactError, explain_os_errors
 
 
@@ -81,8 +81,8 @@ def state_exists(folder: Path) -> bool:
 def publish(temporary: Path, folder: Path) -> None:
     """Syncs `temporary` with its files and puts it in place of `folder`; `whole_folder` finds one after any kill."""
     for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
+        sync_path(path)
+    sync_path(temporary)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -91,21 +91,13 @@ def publish(temporary: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(folder)
-    _sync(folder.parent)
+    sync_path(folder.parent)
 
 
 def whole_folder(folder: Path) -> Path:
     """A kill between the two renames of `publish` leaves the previous checkpoint under its old name."""
     old = folder.with_name(f".{folder.name}.old")
     return old if not folder.exists() and old.exists() else folder
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unique_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 from actors.session import prepare_environment
 
@@ -19,6 +19,10 @@ prepare_environment()
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 from tests.jobs.commands import FinishedRun, run_small  # noqa: E402
+from tests.local_ray import local_ray  # noqa: E402
+
+# Hypothesis' own: the same examples in every run, and no limit of 200 ms for one, which a busy machine would exceed.
+settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,22 +37,8 @@ def _environment_is_restored() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     """A local Ray for the tests of one module."""
-    import ray
-
-    folder = tempfile.mkdtemp(
-        prefix="mt-", dir="/tmp"
-    )  # Ray's socket paths are limited to 107 bytes
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200 * 1024**2,
-        _temp_dir=folder,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with local_ray():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ Partial work that must survive a crash (checkpoints, resumable training) lives i
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from morlaif_ray import __version__
+from morlaif_ray.durability import sync_path
 from morlaif_ray.errors import ArtifactError, explain_os_errors
 from morlaif_ray.seeding import stable_hash
 
@@ -174,12 +174,12 @@ class StageFolder:
         for path in temporary.rglob(
             "*"
         ):  # folders, too: their entries must be on disk before the rename
-            _fsync(path)
-        _fsync(temporary)
+            sync_path(path)
+        sync_path(temporary)
         if self.path.exists():
             self._supersede(self.path, self.name)
         temporary.rename(self.path)
-        _fsync(self.run_dir)
+        sync_path(self.run_dir)
 
     def _supersede(self, folder: Path, label: str) -> None:
         shelf = self.run_dir / "superseded"
@@ -199,11 +199,3 @@ def file_hash(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from morlaif_ray.durability import sync_path
 from morlaif_ray.errors import FeedbackError
 from morlaif_ray.feedback.batch_files import BatchRequest, Entry
 
@@ -171,11 +172,7 @@ def _write(path: Path, payload: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_path(path.parent)
     except OSError as error:
         raise FeedbackError(
             f"{path}: cannot be written ({error.strerror}); free some space or mend its rights and run the same "

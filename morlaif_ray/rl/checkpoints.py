@@ -10,7 +10,6 @@ holds whole tensors by parameter name, so it does not depend on how many ranks w
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from morlaif_ray.artifacts.folder import file_hash
 from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.durability import sync_path
 from morlaif_ray.errors import ArtifactError, explain_os_errors
 from morlaif_ray.rl.sharding import like, whole
 
@@ -137,11 +137,11 @@ class CheckpointFolder:
             text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
             (temporary / MANIFEST).write_text(text, encoding="utf-8")
             for name in (*names, MANIFEST, "."):
-                _sync(temporary / name)
+                sync_path(temporary / name)
             if self.folder.exists():
                 self._shelve()
             temporary.rename(self.folder)
-            _sync(self.folder.parent)
+            sync_path(self.folder.parent)
             self._prune()
 
     def load(self, note: Callable[[str], None], *, tidy: bool = True) -> Found | None:
@@ -245,11 +245,3 @@ def _reward_of(path: Path) -> float:
 
 def _plain(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).cpu().contiguous()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

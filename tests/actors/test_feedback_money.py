@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from actors.ledger_writer import LedgerRecipe
 from jobs.cli import main
 from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import FeedbackError
+from morlaif_ray.feedback.asking import TASKS_PER_REQUEST
 from morlaif_ray.feedback.intents import Intent
 from morlaif_ray.feedback.ledger import KILLED, Ledger
 from morlaif_ray.feedback.permits import BudgetReachedError
@@ -25,6 +23,8 @@ from morlaif_ray.feedback.questions import split_batches
 from morlaif_ray.feedback.rate import Cost
 from morlaif_ray.feedback.status import read_progress
 from tests.fake_openai.server import KEY, FakeOpenAI
+from tests.local_ray import local_ray
+from tests.processes import WAIT_S, kill, once
 from tests.unit.feedback.fakes import PLAN, make_pairs
 
 pytestmark = pytest.mark.actors
@@ -35,22 +35,10 @@ WRONG_KEY_ENV = "MORLAIF_TEST_WRONG_KEY"
 
 @pytest.fixture(scope="module")
 def session_folder() -> Iterator[Path]:
-    """A local Ray; its folder holds every log that its processes write."""
+    """The folder of a local Ray."""
     os.environ |= {KEY_ENV: KEY, WRONG_KEY_ENV: WRONG_KEY}
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    folder = Path(tempfile.mkdtemp(prefix="fm-", dir="/tmp"))
-    import ray
-
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 1024**2,
-        _temp_dir=str(folder),
-        logging_level="ERROR",
-    )
-    yield folder
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with local_ray(log_to_driver=True) as folder:
+        yield folder
 
 
 def priced(folder: Path, server: FakeOpenAI, **changes: object) -> FeedbackConfig:
@@ -58,6 +46,7 @@ def priced(folder: Path, server: FakeOpenAI, **changes: object) -> FeedbackConfi
     prices = folder / "prices.yaml"
     prices.write_text("as_of: 2026-11-21\nmodels:\n  fake: {prompt: 5.0, completion: 5.0}\n")
     judge = {"kind": "openai", "model": "fake", "base_url": server.url, "api_key_env": KEY_ENV}
+    judge["request_timeout_s"] = WAIT_S  # no request is sent twice because this machine is slow
     values = {"judge": judge, "max_in_flight": 4, "num_workers": 2, "prices_file": prices}
     return FeedbackConfig.model_validate(values | changes)
 
@@ -70,7 +59,7 @@ def pool_of(feedback: FeedbackConfig, folder: Path) -> FeedbackPool:
         folder / "l.sqlite",
         LedgerRecipe(PLAN.recipe, json.dumps({"model": "fake"}), "template"),
         seed=0,
-        start_timeout_s=120.0,
+        start_timeout_s=WAIT_S,
         progress_path=folder / "logs" / "feedback_progress.json",
     )
 
@@ -91,14 +80,15 @@ def test_the_budget_ends_the_run_cleanly_and_a_higher_one_goes_on(
         ledger = Ledger(tmp_path / "l.sqlite")
         spent, recorded = ledger.spent_usd, ledger.num_answers()
         ledger.close()
-        # What was in flight when the budget ended is recorded: all that was paid for, and no more than allowed.
+        # What was in flight when the budget ended is recorded: all that was paid for, and no more than allowed. How
+        # near it comes depends on what the two workers held back at that moment.
         assert recorded == server.num_answered
         assert spent == pytest.approx(server.tokens_billed * 5.0 / 1e6)
-        assert 0.015 < spent <= 0.02
+        assert 0.0 < spent <= 0.02
         progress = read_progress(tmp_path / "logs" / "feedback_progress.json")
         assert progress is not None
         assert (progress.running, progress.total) == (False, 160)
-        with pool_of(priced(tmp_path, server, budget_usd=5.0), tmp_path) as pool:
+        with pool_of(priced(tmp_path, server, budget_usd=5.0, num_workers=1), tmp_path) as pool:
             assert pool.num_recorded_before == recorded
             outcomes = pool.answer(batches)
         assert sum(outcome.num_failed for outcome in outcomes) == 0
@@ -113,24 +103,25 @@ def test_what_a_killed_worker_had_in_flight_is_counted_as_possibly_spent(
     import ray
 
     batches = list(split_batches(make_pairs(40), PLAN, questions_per_batch=16))
-    with FakeOpenAI(delay_s=0.3) as server:
+    with FakeOpenAI(hold_after=40) as server:
         with pool_of(priced(tmp_path, server), tmp_path) as pool:
-            deadline = time.monotonic() + 60.0
-            killer = threading.Thread(
-                target=_kill_when_in_flight, args=(server, pool.workers[0], deadline), daemon=True
-            )
-            killer.start()
+
+            def both_wait() -> bool:
+                recorded = ray.get(pool._ledger.open.remote(), timeout=WAIT_S)
+                return len(server.bodies) >= 40 + 2 * 4 and recorded == 40
+
+            killer = once(both_wait, lambda: (kill(pool.workers[0]), server.release()))
             outcomes = pool.answer(batches)
-            killer.join()
-            assert ray.get(pool._ledger.spent_usd.remote(), timeout=30.0) > 0.0
+            killer.join(WAIT_S)
+            assert ray.get(pool._ledger.spent_usd.remote(), timeout=WAIT_S) > 0.0
         billed = server.tokens_billed * 5.0 / 1e6
     assert sum(outcome.num_failed for outcome in outcomes) == 0
     ledger = Ledger(tmp_path / "l.sqlite")
     assert ledger.num_answers() == 160
     doubts = {entry.doubt: entry.requests for entry in ledger.unconfirmed}
-    # Of one worker's two batches: what was in flight or announced, and what was answered and not yet in the ledger.
-    assert 1 <= doubts[KILLED] <= 2 * 16
-    assert server.num_answered > 160
+    # Its four requests in flight, and what else its two batches had announced: twice as many as may be in flight.
+    assert 4 <= doubts[KILLED] <= 2 * TASKS_PER_REQUEST * 4
+    assert len(server.bodies) == 160 + 4
     assert ledger.spent_usd < billed <= ledger.possibly_spent_usd
     ledger.close()
 
@@ -142,33 +133,30 @@ def test_a_restarted_limiter_counts_what_the_one_before_let_go(
 
     with (
         FakeOpenAI() as server,
-        pool_of(priced(tmp_path, server, budget_usd=1.0), tmp_path) as pool,
+        pool_of(priced(tmp_path, server, budget_usd=1.0, num_workers=1), tmp_path) as pool,
     ):
         pool.wait_until_started()
         one, nothing = Cost(0.0, 0.3), Cost(0.0, 0.0)
-        ray.get(pool._ledger.announce.remote([Intent(i, b"k", 0.3) for i in (1, 2)]), timeout=30.0)
-        first = ray.get(pool._limiter.acquire.remote([one] * 4, nothing, nothing), timeout=60.0)
+        ray.get(
+            pool._ledger.announce.remote([Intent(i, b"k", 0.3) for i in (1, 2)]), timeout=WAIT_S
+        )
+        first = ray.get(pool._limiter.acquire.remote([one] * 4, nothing, nothing), timeout=WAIT_S)
         assert first.count == 3  # of 1.00: what is announced is not yet let go
         ray.kill(pool._limiter, no_restart=False)
-        again, deadline = first, time.monotonic() + 60.0
+        again, deadline = first, time.monotonic() + WAIT_S
         while again is first or (
             not again.count and time.monotonic() < deadline
         ):  # the old one has 0.10 left
-            again = ray.get(pool._limiter.acquire.remote([one] * 4, nothing, nothing), timeout=60.0)
+            again = ray.get(
+                pool._limiter.acquire.remote([one] * 4, nothing, nothing), timeout=WAIT_S
+            )
         assert again.count == 1  # of 0.40: two estimates are taken
         used = Cost(0.0, 0.5)  # both end at 0.25, and the refund of 0.10 is true
         last = ray.get(
-            pool._limiter.acquire.remote([Cost(0.0, 0.19)] * 4, Cost(0.0, 0.6), used), timeout=60.0
+            pool._limiter.acquire.remote([Cost(0.0, 0.19)] * 4, Cost(0.0, 0.6), used),
+            timeout=WAIT_S,
         )
         assert last.count == 1
-
-
-def _kill_when_in_flight(server: FakeOpenAI, worker: object, deadline: float) -> None:
-    import ray
-
-    while len(server.bodies) < 20 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    ray.kill(worker, no_restart=False)
 
 
 def test_a_resumed_run_begins_with_what_is_not_answered(
@@ -176,9 +164,10 @@ def test_a_resumed_run_begins_with_what_is_not_answered(
 ) -> None:
     batches = list(split_batches(make_pairs(40), PLAN, questions_per_batch=16))
     with FakeOpenAI() as server:
-        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+        feedback = priced(tmp_path, server, num_workers=1)
+        with pool_of(feedback, tmp_path) as pool:
             pool.answer(batches[:6])
-        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+        with pool_of(feedback, tmp_path) as pool:
             assert pool.unfinished_first(batches) == [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
 
 
@@ -197,7 +186,7 @@ def test_a_wrong_key_costs_a_handful_of_requests_and_no_key_is_written_anywhere(
         assert WRONG_KEY not in str(caught.value)
         assert len(server.bodies) <= 2 * 2 * 4  # workers x batches under way x slow start
         server.faults.extend(["500", "400", "invalid_json"])
-        with pool_of(priced(tmp_path, server), tmp_path) as pool:
+        with pool_of(priced(tmp_path, server, num_workers=1), tmp_path) as pool:
             pool.answer(batches)
     searched = 0
     for folder in (tmp_path, session_folder):

@@ -6,10 +6,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -27,6 +24,7 @@ from morlaif_ray.errors import ActorLostError, DataError, FeedbackError, Resourc
 from morlaif_ray.feedback.questions import PairBatch, QuestionPlan, split_batches
 from morlaif_ray.types import Judgement, ResponsePair
 from tests.fake_openai.server import KEY, FakeOpenAI
+from tests.processes import WAIT_S, kill, once, pid_of, wait_until_gone
 from tests.unit.feedback.fakes import PLAN, make_pairs
 
 pytestmark = pytest.mark.actors
@@ -34,40 +32,21 @@ KEY_ENV = "MORLAIF_TEST_JUDGE_KEY"
 RECIPE = LedgerRecipe(PLAN.recipe, "{}", "template")
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", KEY_ENV: KEY}
-    os.environ["PYTHONPATH"] = str(
-        Path(__file__).parents[2]
-    )  # actors import the checkout under test
-    folder = tempfile.mkdtemp(prefix="fb-", dir="/tmp")  # Ray's socket paths must be short
-    token = Path(folder, "token")
-    token.touch(mode=0o600)
-    token.write_text("0123456789abcdef" * 4)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-    import ray
-
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200 * 1024**2,
-        _temp_dir=folder,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+@pytest.fixture(scope="module", autouse=True)
+def _key() -> None:
+    """Before Ray starts, whose workers inherit it; `tests/conftest.py` restores what was there."""
+    os.environ[KEY_ENV] = KEY
 
 
 def api(server: FakeOpenAI, **changes: object) -> FeedbackConfig:
     judge = {"kind": "openai", "model": "fake", "base_url": server.url, "api_key_env": KEY_ENV}
+    judge["request_timeout_s"] = WAIT_S  # no request is sent twice because this machine is slow
     values = {"judge": judge, "max_in_flight": 4, "num_workers": 2}
     return FeedbackConfig.model_validate(values | changes)
 
 
 def pool_of(feedback: FeedbackConfig, path: Path, **changes: float) -> FeedbackPool:
-    return FeedbackPool(feedback, PLAN, path, RECIPE, seed=0, start_timeout_s=120.0, **changes)  # type: ignore[arg-type]
+    return FeedbackPool(feedback, PLAN, path, RECIPE, seed=0, start_timeout_s=WAIT_S, **changes)  # type: ignore[arg-type]
 
 
 def batches(count: int, plan: QuestionPlan = PLAN) -> list[PairBatch]:
@@ -76,6 +55,8 @@ def batches(count: int, plan: QuestionPlan = PLAN) -> list[PairBatch]:
 
 def recorded(path: Path) -> int:
     """Rows in the ledger, read beside its writer."""
+    if not path.exists():
+        return 0
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
         try:
             return int(db.execute("SELECT count(*) FROM answers").fetchone()[0])
@@ -83,23 +64,11 @@ def recorded(path: Path) -> int:
             return 0
 
 
-def kill_when(path: Path, rows: int, victim: object) -> threading.Thread:
-    """Kills the actor's process as the system would, once so many answers are recorded; Ray may restart it."""
-    import ray
-
-    return when_recorded(path, rows, lambda: ray.kill(victim, no_restart=False))
-
-
-def when_recorded(path: Path, rows: int, act: Callable[[], object]) -> threading.Thread:
-    def wait_and_act() -> None:
-        deadline = time.monotonic() + 60.0
-        while (not path.exists() or recorded(path) < rows) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait_and_act, daemon=True)
-    thread.start()
-    return thread
+def is_waiting(path: Path, server: FakeOpenAI, num_workers: int) -> bool:
+    """All that the server answered is recorded, and every worker waits for the four requests that it has in flight."""
+    held = server.hold_after
+    assert held is not None
+    return len(server.bodies) >= held + 4 * num_workers and recorded(path) == held
 
 
 def check_answers(outcomes: list, count: int) -> None:  # type: ignore[type-arg]
@@ -109,82 +78,103 @@ def check_answers(outcomes: list, count: int) -> None:  # type: ignore[type-arg]
     assert found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("victim", ["worker", "ledger"])
-def test_a_killed_actor_loses_no_answer_and_pays_none_twice(
-    local_ray: None, tmp_path: Path, victim: str
+def test_a_killed_worker_loses_no_answer_and_asks_only_what_it_had_in_flight_again(
+    ray_session: None, tmp_path: Path
 ) -> None:
     path = tmp_path / "l.sqlite"
-    with FakeOpenAI(delay_s=0.02) as server, pool_of(api(server), path) as pool:
-        killer = kill_when(path, 40, pool.workers[0] if victim == "worker" else pool._ledger)
+    with FakeOpenAI(hold_after=80) as server, pool_of(api(server), path) as pool:
+        killer = once(
+            lambda: is_waiting(path, server, 2), lambda: (kill(pool.workers[0]), server.release())
+        )
         advanced: list[int] = []
         outcomes = pool.answer(batches(60), advanced.append)
-        killer.join(timeout=60)
+        killer.join(WAIT_S)
         check_answers(outcomes, 60)
-        assert recorded(path) == 240
-        assert sum(advanced) == 240
-        # What was in flight in the killed worker may be asked again, nothing else.
-        assert 240 <= server.num_answered <= 240 + 2 * pool_in_flight(victim)
+        assert recorded(path) == sum(advanced) == 240
+        assert len(server.bodies) == 240 + 4
 
 
-def pool_in_flight(victim: str) -> int:
-    """Requests in flight, or answered within the last flush interval, when a worker dies."""
-    return 30 if victim == "worker" else 0
+def test_a_killed_ledger_loses_no_answer_and_nothing_is_asked_again(
+    ray_session: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "l.sqlite"
+    # It dies while answers come, and some of them only come when it is dead.
+    with FakeOpenAI(delay_s=0.02, hold_after=200) as server, pool_of(api(server), path) as pool:
+        killer = once(lambda: recorded(path) >= 40, lambda: (kill(pool._ledger), server.release()))
+        outcomes = pool.answer(batches(60))
+        killer.join(WAIT_S)
+        check_answers(outcomes, 60)
+        assert recorded(path) == len(server.bodies) == 240
 
 
 def test_a_worker_that_dies_beyond_its_budget_ends_the_run_and_the_next_run_resumes(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     path = tmp_path / "l.sqlite"
-    with FakeOpenAI(delay_s=0.02) as server:
+    with FakeOpenAI(hold_after=40) as server:
         feedback = api(server, num_workers=1)
         with pool_of(feedback, path, max_restarts=0) as pool:
-            kill_when(path, 20, pool.workers[0])
+            once(lambda: is_waiting(path, server, 1), lambda: kill(pool.workers[0]))
             with pytest.raises(
                 ActorLostError, match=r"died more often than its 0 restarts allow.*nothing recorded"
             ):
                 pool.answer(batches(40))
-        before = recorded(path)
-        assert 0 < before < 160
-        answered = server.num_answered
+        assert recorded(path) == 40
+        server.release()
         with pool_of(feedback, path) as pool:
-            assert pool.num_recorded_before == before
+            assert pool.num_recorded_before == 40
             check_answers(pool.answer(batches(40)), 40)
-        assert server.num_answered - answered == 160 - before
+        assert len(server.bodies) == 40 + 4 + 120
 
 
 def test_a_worker_that_hangs_is_killed_and_its_batch_is_done_by_its_successor(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import ray
+
     path = tmp_path / "l.sqlite"
-    with FakeOpenAI(delay_s=0.02) as server:
-        judge = {"kind": "openai", "model": "m", "base_url": server.url, "api_key_env": KEY_ENV}
-        feedback = api(server, num_workers=1, judge=judge | {"request_timeout_s": 1.0})
-        with pool_of(feedback, path, stall_timeout_s=3.0) as pool:
-            pool.wait_until_started()
-            workers = [
-                child
-                for child in psutil.Process().children(recursive=True)
-                if child.name().startswith("ray::FeedbackWo")
-            ]
-            assert len(workers) == 1
-            freezer = when_recorded(path, 20, workers[0].suspend)
+    killed: list[object] = []
+    kill_actor = ray.kill
+    with (
+        FakeOpenAI(hold_after=40) as server,
+        pool_of(api(server, num_workers=1), path) as pool,
+    ):
+        pool.wait_until_started()
+        victim = pid_of(pool.workers[0])
+
+        def freeze() -> None:
+            psutil.Process(victim).suspend()
+            pool.stall_timeout_s = 1.0  # only now: however slow a worker is, it is not silent
+            server.release()
+
+        def note_and_kill(actor: object, **options: bool) -> None:
+            killed.append(actor)
+            pool.stall_timeout_s = WAIT_S  # its successor has all the time that it needs to start
+            kill_actor(actor, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ray, "kill", note_and_kill)
+            freezer = once(lambda: is_waiting(path, server, 1), freeze)
             check_answers(pool.answer(batches(40)), 40)
-            freezer.join(timeout=60)
+        freezer.join(WAIT_S)
+        assert killed == [pool.workers[0]]
+        wait_until_gone(victim)
         assert recorded(path) == 160
+        assert len(server.bodies) == 160 + 4
 
 
 def test_failed_questions_are_asked_again_in_an_extra_round(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     with FakeOpenAI() as server:
         server.faults.extend(["400"] * 3)
-        feedback = api(server, retry_failed=1)
+        feedback = api(server, num_workers=1, retry_failed=1)
         with pool_of(feedback, tmp_path / "l.sqlite") as pool:
             check_answers(pool.answer(batches(5)), 5)
         assert server.num_answered == 20
 
 
-def test_limits_are_kept_by_one_limiter_for_all_workers(local_ray: None, tmp_path: Path) -> None:
+def test_limits_are_kept_by_one_limiter_for_all_workers(ray_session: None, tmp_path: Path) -> None:
     with FakeOpenAI() as server:
         feedback = api(server, requests_per_minute=1200.0)  # 20 a second
         with pool_of(feedback, tmp_path / "l.sqlite") as pool:
@@ -195,7 +185,7 @@ def test_limits_are_kept_by_one_limiter_for_all_workers(local_ray: None, tmp_pat
             )  # one second's burst is allowed
 
 
-def test_a_second_run_on_the_same_ledger_hears_one_line(local_ray: None, tmp_path: Path) -> None:
+def test_a_second_run_on_the_same_ledger_hears_one_line(ray_session: None, tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
     with (
         FakeOpenAI() as server,
@@ -227,7 +217,7 @@ def test_a_ledger_too_slow_to_say_what_it_holds_is_one_line(
         pool.unfinished_first(batches(2))
 
 
-def test_a_missing_key_reaches_the_driver_as_one_line(local_ray: None, tmp_path: Path) -> None:
+def test_a_missing_key_reaches_the_driver_as_one_line(ray_session: None, tmp_path: Path) -> None:
     with FakeOpenAI() as server:
         judge = {
             "kind": "openai",
@@ -239,7 +229,7 @@ def test_a_missing_key_reaches_the_driver_as_one_line(local_ray: None, tmp_path:
             pytest.raises(
                 FeedbackError, match=r"^environment variable NO_SUCH_KEY_HERE is not set"
             ),
-            pool_of(api(server, judge=judge), tmp_path / "l.sqlite") as pool,
+            pool_of(api(server, num_workers=1, judge=judge), tmp_path / "l.sqlite") as pool,
         ):
             pool.answer(batches(4))
         assert server.bodies == []
@@ -257,7 +247,7 @@ def run_of(run_dir: Path, pairs: list[ResponsePair], **feedback: object) -> JobC
 
 
 def test_the_job_writes_its_stage_and_the_same_command_skips_it(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     context = run_of(tmp_path / "run", make_pairs(30))
     collect_feedback.run(context)
@@ -289,7 +279,7 @@ def test_the_job_writes_its_stage_and_the_same_command_skips_it(
 
 
 def test_same_seed_and_pairs_give_the_same_bytes_however_often_the_run_was_interrupted(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     for name, workers in (("one", 1), ("two", 2)):
         collect_feedback.run(run_of(tmp_path / name, make_pairs(20), num_workers=workers))
@@ -303,7 +293,7 @@ def test_same_seed_and_pairs_give_the_same_bytes_however_often_the_run_was_inter
 
 
 def test_too_many_missing_answers_end_the_stage_with_the_reason(
-    local_ray: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     judge = {"kind": "rules", "measures": "lexical", "fault_share": 0.5}
     with pytest.raises(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from actors.preference_panel import PreferencePanel, panel_columns
@@ -27,11 +26,12 @@ from morlaif_ray.config import Config, load_config
 from morlaif_ray.rl.generation import SamplingSettings
 from morlaif_ray.types import GenerationRequest
 from tests.jobs.commands import NUM_STEPS, SETTINGS, SMOKE, FinishedRun
+from tests.processes import WAIT_S, kill, pid_of, wait_until_gone
 
 pytestmark = [
     pytest.mark.actors,
     pytest.mark.usefixtures("ray_session"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
 ]
 RESULTS = ("model/model.safetensors", "metrics.parquet", "summary.json")
 
@@ -88,15 +88,6 @@ def make_arm(
 
 def run(arm: Arm, stop: threading.Event | None = None) -> None:
     run_arm(arm, Counter(), PrometheusGauges(), stop or threading.Event())  # type: ignore[arg-type]
-
-
-def kill(handle: Any) -> None:
-    import ray
-
-    pid = ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=60.0)
-    process = psutil.Process(pid)
-    process.kill()
-    psutil.wait_procs([process], timeout=10)
 
 
 def timings(stages: Path) -> list[dict[str, float]]:
@@ -228,8 +219,8 @@ def test_other_weights_in_an_engine_raise_the_alarm(
     assert isinstance(said, Said)
     assert said.lines == []
     worker = arm._rollouts._workers[1].handle
-    weights = ray.get(arm._learner.weights.remote(), timeout=60.0)
-    ray.get(worker.load_weights.remote({n: 1.5 * w for n, w in weights.items()}, 0), timeout=60.0)
+    weights = ray.get(arm._learner.weights.remote(), timeout=WAIT_S)
+    ray.get(worker.load_weights.remote({n: 1.5 * w for n, w in weights.items()}, 0), timeout=WAIT_S)
     arm.check_parity(0)
     assert arm.gauges["parity_alarms"] == 1.0
     assert arm.gauges["parity_gap_max"] > arm.gauges["parity_gap_mean"] > 0.05
@@ -244,29 +235,29 @@ def test_a_stopped_rollout_worker_is_replaced_within_its_time_out(
     config: Config, stages: Path
 ) -> None:
     """SIGSTOP: the process is there and answers nothing, while the other worker goes on."""
-    import ray
-
     said: list[str] = []
-    pool = RolloutPool(config, str(stages / "0_sft" / "model"), 2, said.append)
+
+    def say(text: str) -> None:
+        said.append(text)
+        stopped.call_timeout_s = WAIT_S  # its successor is in no hurry
+
+    pool = RolloutPool(config, str(stages / "0_sft" / "model"), 2, say)
     prompt = "\n\nHuman: what is a lamp?\n\nAssistant:"
     asked = [GenerationRequest(prompt, seed) for seed in range(8)]
     chunks = [asked[i : i + 2] for i in range(0, 8, 2)]
     settings = SamplingSettings(max_new_tokens=12)
     expected = pool.map(chunks, settings)
-    for worker in pool._workers:
-        worker.call_timeout_s = 4.0
-    handle = pool._workers[0].handle
-    victim = ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=60.0)
+    stopped, other = pool._workers
+    stopped.call_timeout_s, other.call_timeout_s = 1.0, WAIT_S
+    victim = pid_of(stopped.handle)
     os.kill(victim, signal.SIGSTOP)
     again = pool.map(chunks, settings)
     assert said == [
-        "rollout worker 0 was lost (no answer to generate in 4 s); starting it again (1/"
+        "rollout worker 0 was lost (no answer to generate in 1 s); starting it again (1/"
         f"{config.policy.max_restarts})"
     ]
     for left, right in zip(again, expected, strict=True):
         assert left.responses == right.responses
         np.testing.assert_array_equal(left.logprobs_BT, right.logprobs_BT)
-    if psutil.pid_exists(victim):
-        psutil.wait_procs([psutil.Process(victim)], timeout=30)
-    assert not psutil.pid_exists(victim)
+    wait_until_gone(victim)
     pool.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -17,11 +16,11 @@ import torch
 from actors.preference_model import PreferenceModelActor
 from actors.preference_panel import Column, PreferencePanel, panel_columns
 from morlaif_ray.artifacts import write_json
-from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 from morlaif_ray.config import Config, parse_config
-from morlaif_ray.config.inputs import LoraConfig, ScratchModel
+from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.errors import ActorLostError, ArtifactError, NumericalError
 from morlaif_ray.preference import PreferenceModel
+from tests.processes import kill, pid_of
 
 pytestmark = [
     pytest.mark.actors,
@@ -32,18 +31,6 @@ HEADS = ("empathy", "detail", "bias")
 TEXTS = [
     f"\n\nHuman: {'red ' * (i % 7)}sun\n\nAssistant: {'moon ' * (i % 5)}good" for i in range(40)
 ]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("backbone")
-    tokenizer = build_word_tokenizer(
-        ["Human: Assistant: good bad red sun moon"], vocabulary_size=50, max_length=24
-    )
-    size = ScratchModel(width=16, num_layers=2, num_heads=2, max_length=24)
-    save_pretrained(build_scratch_model(size, tokenizer, seed=1), tokenizer, folder)
-    return str(folder)
 
 
 def save_model(path: str, heads: tuple[str, ...], folder: Path, **options: Any) -> PreferenceModel:
@@ -58,7 +45,7 @@ def save_model(path: str, heads: tuple[str, ...], folder: Path, **options: Any) 
 
 
 def config(**preference: Any) -> Config:
-    policy = {"max_restarts": 1, "call_timeout_s": 60.0}
+    policy = {"max_restarts": 1, "call_timeout_s": 240.0}
     return parse_config({"preference": preference, "policy": policy}, "test")
 
 
@@ -119,19 +106,6 @@ def test_every_topology_gives_the_columns_of_its_saved_models(
     ):
         panel.score(TEXTS, ["wit"])
     panel.close()
-
-
-def pid_of(handle: Any) -> int:
-    import ray
-
-    return int(ray.get(handle.__ray_call__.remote(lambda self: os.getpid())))
-
-
-def kill(handle: Any) -> None:
-    """SIGKILL, as the kernel does when memory runs out; returns when the process is gone."""
-    process = psutil.Process(pid_of(handle))
-    process.kill()
-    psutil.wait_procs([process], timeout=10)
 
 
 def test_batches_in_flight_survive_a_killed_actor_without_loss_or_doubling(

@@ -6,23 +6,19 @@ import json
 import os
 import re
 import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import torch
 
 from actors.preference_trials import fit_preference_models, preference_loop
 from morlaif_ray.artifacts import write_table
-from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 from morlaif_ray.config import Config, parse_config
-from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.errors import NumericalError
 from morlaif_ray.preference import PreferenceModel
+from tests.processes import WAIT_S, once
 
 pytestmark = [
     pytest.mark.actors,
@@ -31,18 +27,6 @@ pytestmark = [
 ]
 FOLDERS = ("models", "losses", "progress", "checkpoints", "notes", "failures")
 NUM_PAIRS = 600
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("backbone")
-    tokenizer = build_word_tokenizer(
-        ["Human: Assistant: good bad red sun moon"], vocabulary_size=50, max_length=24
-    )
-    size = ScratchModel(width=16, num_layers=2, num_heads=2, max_length=24)
-    save_pretrained(build_scratch_model(size, tokenizer, seed=1), tokenizer, folder)
-    return str(folder)
 
 
 def config(**preference: Any) -> Config:
@@ -105,17 +89,10 @@ def training_processes() -> list[psutil.Process]:
     return found
 
 
-def kill_worker_when(condition: Callable[[], bool], killed: list[int]) -> threading.Thread:
-    def watch() -> None:
-        while not condition():
-            threading.Event().wait(0.005)
-        for process in training_processes():
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+def kill_workers(killed: list[int]) -> None:
+    for process in training_processes():
+        os.kill(process.pid, signal.SIGKILL)
+        killed.append(process.pid)
 
 
 def steps_done(path: Path) -> int:
@@ -133,10 +110,11 @@ def test_a_killed_training_worker_goes_on_from_its_checkpoint_to_the_same_bits(
     hit = work_folder(tmp_path / "hit")
     state = hit / "checkpoints" / "likes_good" / "checkpoint" / "state.json"
     killed: list[int] = []
-    killer = kill_worker_when(lambda: steps_done(state) >= 40, killed)
+    # At the first of fifteen checkpoints: however late the signal comes, there is something left to do.
+    killer = once(lambda: steps_done(state) >= 20, lambda: kill_workers(killed))
     advanced: list[int] = []
     fit_preference_models(config(), hit, {"likes_good": ["likes_good"]}, backbone, advanced.append)
-    killer.join(timeout=10)
+    killer.join(WAIT_S)
     assert len(killed) == 1
     assert sum(advanced) == 2 * NUM_PAIRS / 4
     for name in ("models/likes_good/model.safetensors", "losses/likes_good.csv"):

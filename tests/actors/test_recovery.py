@@ -33,13 +33,13 @@ from morlaif_ray.errors import ActorLostError, ArtifactError
 from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
 from morlaif_ray.types import GenerationRequest
 from tests.jobs.commands import SETTINGS, SMOKE, FinishedRun
+from tests.processes import WAIT_S, kill, once, pid_of, wait_until_gone
 
 pytestmark = [
     pytest.mark.actors,
     pytest.mark.usefixtures("ray_session"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(2400),
 ]
-START_TIMEOUT_S = 60.0
 SAMPLING = SamplingSettings(max_new_tokens=12)
 
 
@@ -92,8 +92,8 @@ def supervised(folder: Path, cls: type[Fragile] = Fragile, **changes: Any) -> Su
 
     settings: dict[str, Any] = {
         "max_restarts": 1,
-        "start_timeout_s": START_TIMEOUT_S,
-        "call_timeout_s": START_TIMEOUT_S,
+        "start_timeout_s": WAIT_S,
+        "call_timeout_s": WAIT_S,
     }
     spawn = ray.remote(cls).options(num_cpus=0).remote
     return SupervisedActor("the fragile one", lambda: spawn(str(folder)), **(settings | changes))
@@ -102,28 +102,7 @@ def supervised(folder: Path, cls: type[Fragile] = Fragile, **changes: Any) -> Su
 def killed_while_working(folder: Path) -> threading.Thread:
     """Sends SIGKILL to the actor's process as soon as its call runs."""
     pid_file = folder / "pid"
-
-    def kill() -> None:
-        while not pid_file.exists():
-            threading.Event().wait(0.01)
-        os.kill(int(pid_file.read_text()), signal.SIGKILL)
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    return thread
-
-
-def pid_of(handle: Any) -> int:
-    import ray
-
-    return int(ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=START_TIMEOUT_S))
-
-
-def kill(handle: Any) -> None:
-    """SIGKILL, as the kernel does when memory runs out; returns when the process is gone."""
-    process = psutil.Process(pid_of(handle))
-    process.kill()
-    psutil.wait_procs([process], timeout=10)
+    return once(pid_file.exists, lambda: os.kill(int(pid_file.read_text()), signal.SIGKILL))
 
 
 # ---------------------------------------------------------------- supervision
@@ -137,7 +116,7 @@ def test_a_call_survives_the_kill_of_its_actor_and_the_successor_is_brought_up_t
     def bring_up_to_date(handle: Any) -> None:
         import ray
 
-        ray.get(handle.set_number.remote(7), timeout=START_TIMEOUT_S)
+        ray.get(handle.set_number.remote(7), timeout=WAIT_S)
 
     actor = supervised(tmp_path, after_start=bring_up_to_date, say=said.append)
     killer = killed_while_working(tmp_path)
@@ -152,19 +131,30 @@ def test_a_call_survives_the_kill_of_its_actor_and_the_successor_is_brought_up_t
 
 def test_a_hung_actor_is_replaced_after_its_call_time_out(tmp_path: Path) -> None:
     said: list[str] = []
-    actor = supervised(tmp_path, call_timeout_s=2.0, say=said.append)
+
+    def say(text: str) -> None:
+        said.append(text)
+        actor.call_timeout_s = WAIT_S  # only the one that hangs has little time
+
+    actor = supervised(tmp_path, say=say)
+    actor.submit("work", (2,))  # hangs, and all calls after it
+    hangs = threading.Event()
+    once((tmp_path / "pid").exists, hangs.set)
+    assert hangs.wait(WAIT_S)
+    actor.call_timeout_s = 1.0
     assert call(actor, "work", 3) == 9
-    assert "no answer to work in 2 s" in said[0]
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert len(said) == 1
+    assert "no answer to work in 1 s" in said[0]
+    wait_until_gone(int((tmp_path / "pid").read_text()))
     actor.stop()
 
 
 def test_beyond_the_restart_budget_the_error_names_actor_cause_and_setting(tmp_path: Path) -> None:
-    actor = supervised(tmp_path, max_restarts=0, call_timeout_s=2.0)
+    actor = supervised(tmp_path, max_restarts=0, call_timeout_s=1.0)
     with pytest.raises(ActorLostError) as caught:
         call(actor, "work", 3)
     assert caught.value.message == (
-        "the fragile one died 1 times (last: no answer to work in 2 s); its restart budget is 0 "
+        "the fragile one died 1 times (last: no answer to work in 1 s); its restart budget is 0 "
         "(policy.max_restarts); see logs/ in the run folder"
     )
 
@@ -196,7 +186,7 @@ def test_an_actor_whose_constructor_fails_says_why_and_leaves_none_of_its_group_
         f"the fragile one did not start: {tmp_path}: damaged; train it again"
     )
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(sound.handle.ping.remote(), timeout=START_TIMEOUT_S)
+        ray.get(sound.handle.ping.remote(), timeout=WAIT_S)
 
 
 def test_items_of_a_killed_worker_are_done_by_its_successor_in_order(tmp_path: Path) -> None:
@@ -271,7 +261,7 @@ def test_a_panel_actor_killed_in_mid_batch_loses_and_doubles_no_score(
     scoring = threading.Thread(target=lambda: answer.append(panel.score(texts)), daemon=True)
     scoring.start()
     victim.kill()
-    scoring.join(timeout=START_TIMEOUT_S)
+    scoring.join(timeout=WAIT_S)
     np.testing.assert_array_equal(answer[0].scores_BK, expected.scores_BK)
     assert answer[0].principles == expected.principles
     panel.close()

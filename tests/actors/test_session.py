@@ -40,6 +40,32 @@ def test_the_jobs_own_sigterm_handler_survives_the_start_of_ray() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_ray_that_is_slow_to_come_up_is_started_again_and_other_errors_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    slow = Exception("The current node timed out during startup. This could happen because ...")
+    errors: list[Exception | None] = []
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+    def init(**options: int) -> None:
+        assert options == {"num_cpus": 3}
+        if (error := errors.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    errors += [slow, None]
+    session.start_ray(num_cpus=3)
+    errors += [slow, slow, slow]
+    with pytest.raises(Exception, match="timed out during startup"):
+        session.start_ray(num_cpus=3)
+    errors += [ValueError("no such option")]
+    with pytest.raises(ValueError, match="no such option"):
+        session.start_ray(num_cpus=3)
+    assert errors == []
+
+
 def test_work_beside_the_main_thread_hands_over_its_error() -> None:
     def fail() -> None:
         raise NumericalError("the loss is NaN")

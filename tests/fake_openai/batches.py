@@ -16,11 +16,11 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from tests.fake_openai.answers import one_token_answer, shaped_answer
-from tests.fake_openai.server import KEY, MODEL, true_log_odds
+from tests.fake_openai.server import KEY, MODEL, PatientServer, true_log_odds
 
 _RESPONSES = re.compile(
     r"<response_A>\n(.*?)\n</response_A>\s*<response_B>\n(.*?)\n</response_B>", re.DOTALL
@@ -69,8 +69,7 @@ class FakeBatchAPI:
             def log_message(self, *_: object) -> None:
                 return None
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = PatientServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.02,), daemon=True
         )

@@ -2,6 +2,7 @@
 
     with FakeOpenAI() as server:
         server.faults.extend(["429", "ok", "hang"])   # one per request, then "ok" for ever
+        server.hold_after = 40                         # what comes then waits for server.release()
         ... OpenAIJudge(base_url=server.url) ...
 
 Its answer is a function of the pair: log-odds of A = TASTE * (words of A - words of B) + POSITION_BIAS.
@@ -45,6 +46,13 @@ def true_log_odds(first: str, second: str) -> float:
     return TASTE * (len(first.split()) - len(second.split())) + POSITION_BIAS
 
 
+class PatientServer(ThreadingHTTPServer):
+    """Lets many clients wait to be accepted: Python's five are soon reached where this process gets little CPU."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+
 @dataclass
 class FakeOpenAI:
     port: int = 0
@@ -56,9 +64,13 @@ class FakeOpenAI:
     default_fault: str = "ok"
     delay_s: float = 0.0
     """Every answer takes this long."""
+    hold_after: int | None = None
+    """So many requests are answered; those after them wait for `release`, so that a test can act meanwhile."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._num_admitted = 0
+        self._released = threading.Event()
         self._stopping = threading.Event()
         owner = self
 
@@ -71,8 +83,7 @@ class FakeOpenAI:
             def log_message(self, *_: object) -> None:
                 return None
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self._server.daemon_threads = True
+        self._server = PatientServer(("127.0.0.1", self.port), Handler)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), daemon=True
         )
@@ -85,8 +96,13 @@ class FakeOpenAI:
         self._thread.start()
         return self
 
+    def release(self) -> None:
+        """Answers what was held, and all that is to come."""
+        self._released.set()
+
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
+        self._released.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)
@@ -116,6 +132,11 @@ class FakeOpenAI:
 
     def _answer(self, request: BaseHTTPRequestHandler, body: dict[str, Any], fault: str) -> None:
         self._stopping.wait(self.delay_s)
+        with self._lock:
+            self._num_admitted += 1
+            held = self.hold_after is not None and self._num_admitted > self.hold_after
+        if held:
+            self._released.wait()
         text = body["messages"][-1]["content"]
         match = _RESPONSES.search(text)
         assert match is not None, text

@@ -34,20 +34,33 @@ SETTINGS = (
     "evaluation.num_bootstrap=100",
     "sweep.num_offline_samples=2",
 )
-TIMEOUT_S = 280.0
+TIMEOUT_S = 1200.0
+"""For one process. The longest takes a minute on two free cores; CI's may be slow and busy."""
 RECORD = "finished.json"
 
 
 def small(run_dir: Path, *extra: str, verb: str = "run") -> list[str]:
     """Arguments of `morlaif` for the smallest whole run."""
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    return [verb, "--config", str(SMOKE), "--run-dir", str(run_dir), *settings, *extra]
+    return [verb, "--config", str(SMOKE), "--run-dir", str(run_dir), *setting(*SETTINGS), *extra]
+
+
+def setting(*settings: str) -> list[str]:
+    return [word for item in settings for word in ("--set", item)]
 
 
 def clean_environment() -> dict[str, str]:
     """Nothing that points at another Ray; the checkout on the path."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return {**kept, "PYTHONPATH": str(ROOT)}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended that was refused."""
+
+    code: int
+    error: str
+    """The line after `error: `."""
 
 
 class Running:
@@ -120,7 +133,7 @@ class Running:
         return code
 
 
-def left_over(processes: list[psutil.Process], timeout_s: float = 30.0) -> list[str]:
+def left_over(processes: list[psutil.Process], timeout_s: float = 240.0) -> list[str]:
     """Names of those still alive after the wait."""
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
     return [process.name() for process in alive]

@@ -99,7 +99,7 @@ def num_answers(run_dir: Path) -> int:
         return int(db.execute("SELECT count(*) FROM answers").fetchone()[0])
 
 
-@pytest.mark.timeout(900)  # 51 s on two free cores; two Tune trials start slowly on busy ones
+@pytest.mark.timeout(2400)  # 51 s on two free cores; two Tune trials start slowly on busy ones
 def test_the_judge_is_asked_about_the_chosen_pairs_once_and_the_run_repeats_bit_for_bit(
     ray_session: None, tmp_path: Path
 ) -> None:

@@ -207,7 +207,7 @@ def cluster_with_a_token() -> Iterator[str]:
         yield head.stdout.readline().strip()
     finally:
         head.stdin.close()
-        head.wait(timeout=60)
+        head.wait(timeout=240)
         head.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -216,6 +216,7 @@ def cluster_with_a_token() -> Iterator[str]:
 def test_the_right_token_is_accepted_and_a_wrong_one_is_named(
     cluster_with_a_token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(doctor, "PROBE_TIMEOUT_S", 120.0)
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     right = doctor.check_ray(cluster_with_a_token)
     assert right == Check("ray cluster", "ok", f"{cluster_with_a_token} accepts the token")

@@ -12,7 +12,7 @@ import pytest
 from morlaif_ray.artifacts import read_table
 from tests.jobs.commands import Running
 
-pytestmark = [pytest.mark.jobs, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(2400)]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

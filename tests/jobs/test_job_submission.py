@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,10 +27,11 @@ from tests.jobs.commands import (
     small,
     without_stages,
 )
+from tests.ports import free_ports
 
-pytestmark = [pytest.mark.jobs, pytest.mark.timeout(900)]
-START_TIMEOUT_S = 90.0
-JOB_TIMEOUT_S = 240.0
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(2400)]
+START_TIMEOUT_S = 300.0
+JOB_TIMEOUT_S = 900.0
 RAY = Path(sys.executable).with_name("ray")
 
 
@@ -50,16 +50,6 @@ class Head:
             "RAY_USAGE_STATS_ENABLED": "0",
             **changes,
         }
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for item in sockets:
-        item.bind(("127.0.0.1", 0))
-    ports = [int(item.getsockname()[1]) for item in sockets]
-    for item in sockets:
-        item.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from benchmarks.ppo_kills import (
 )
 from tests.jobs.commands import NUM_STEPS, SETTINGS, SMOKE, FinishedRun
 
-pytestmark = [pytest.mark.jobs, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(2400)]
 ARGUMENTS = ["--config", str(SMOKE), *(word for s in SETTINGS for word in ("--set", s))]
 
 

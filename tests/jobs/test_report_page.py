@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
@@ -20,6 +19,7 @@ from morlaif_ray.artifacts import read_manifest
 from morlaif_ray.config import load_config
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.evaluation.figures import FIGURES
+from tests.unit.evaluation.synthetic_run import write_synthetic_run
 
 pytestmark = pytest.mark.jobs
 
@@ -55,16 +55,6 @@ PROBE = """<script>addEventListener("load", () => { document.title = JSON.string
 }) })</script></body>"""
 
 
-def load_synthetic_run():
-    path = Path(__file__).parents[1] / "unit" / "evaluation" / "synthetic_run.py"
-    spec = importlib.util.spec_from_file_location("synthetic_run", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def context_of(run_dir: Path) -> JobContext:
     return JobContext(load_config(run_dir / "config.yaml"), run_dir.absolute(), Reporter())
 
@@ -73,7 +63,7 @@ def context_of(run_dir: Path) -> JobContext:
 def reported(tmp_path_factory) -> Path:
     """A synthetic run on which job `report` has run once."""
     run_dir = tmp_path_factory.mktemp("reported") / "run"
-    load_synthetic_run().write_synthetic_run(run_dir)
+    write_synthetic_run(run_dir)
     report.run(context_of(run_dir))
     return run_dir
 
@@ -112,7 +102,7 @@ def test_an_unchanged_report_is_not_published_again(reported):
 
 
 def test_a_run_without_evaluation_says_what_to_run_first(tmp_path):
-    load_synthetic_run().write_synthetic_run(tmp_path, arms=("linear",), num_prompts=4, num_steps=2)
+    write_synthetic_run(tmp_path, arms=("linear",), num_prompts=4, num_steps=2)
     shutil.rmtree(tmp_path / "6_evaluation")
     with pytest.raises(ArtifactError, match="not published yet; run 'morlaif evaluate' first"):
         report.run(context_of(tmp_path))

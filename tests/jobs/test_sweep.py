@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from morlaif_ray.config import parse_config
 from morlaif_ray.config.learning import ALL_SCALARIZERS, ArmConfig
 from morlaif_ray.errors import MorlaifError, ResourceError
 from morlaif_ray.types import Judgement, ResponsePair
+from tests.local_ray import local_ray
 
 PRINCIPLES = ["helpfulness", "detail", "sycophancy"]
 BASELINES = ["random_principle"]
@@ -36,21 +35,9 @@ class OwnRayContext(JobContext):
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    import ray
-
-    folder = tempfile.mkdtemp(prefix="sweep", dir="/tmp")  # socket paths must stay short
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 1024**2,
-        _temp_dir=folder,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+def two_cpus() -> Iterator[None]:
+    with local_ray(num_cpus=2):
+        yield
 
 
 def make_context(run_dir: Path, **sections: dict[str, Any]) -> OwnRayContext:
@@ -139,7 +126,7 @@ def test_fit_weights_publishes_the_stage_and_skips_it_the_second_time(run_dir, m
     fit_weights.run(context)
 
 
-def test_the_offline_sweep_publishes_its_own_stage(run_dir, local_ray, capfd):
+def test_the_offline_sweep_publishes_its_own_stage(run_dir, two_cpus, capfd):
     context = make_context(run_dir, sweep={"num_offline_samples": 5})
     fit_weights.run(context)
     before = (run_dir / "4_reward" / "manifest.json").read_bytes()
@@ -184,7 +171,7 @@ def make_short_run() -> sweep_scalarizers.RunOne:
     return short_run
 
 
-def test_online_trials_call_the_hook_and_an_interrupted_sweep_goes_on(run_dir, local_ray):
+def test_online_trials_call_the_hook_and_an_interrupted_sweep_goes_on(run_dir, two_cpus):
     context = make_context(
         run_dir, sweep={"online_steps": 3, "online_scalarizers": ["linear", "worst_case"]}
     )
@@ -208,7 +195,7 @@ def test_online_trials_call_the_hook_and_an_interrupted_sweep_goes_on(run_dir, l
     assert sorted(runs) == ["linear", "worst_case"]  # what had succeeded was not repeated
 
 
-def test_a_sweep_that_no_cpu_is_free_for_ends_with_advice_and_can_be_repeated(tmp_path, local_ray):
+def test_a_sweep_that_no_cpu_is_free_for_ends_with_advice_and_can_be_repeated(tmp_path, two_cpus):
     import ray
     from ray import tune
 
@@ -217,7 +204,7 @@ def test_a_sweep_that_no_cpu_is_free_for_ends_with_advice_and_can_be_repeated(tm
         def ready(self) -> bool:
             return True
 
-    def sweep() -> dict[str, Any]:
+    def sweep(timeout_s: float) -> dict[str, Any]:
         with Reporter(quiet=True).task("sweep") as task:
             return sweep_scalarizers.run_trials(
                 tune.with_resources(lambda setting: tune.report({"rows": []}), {"cpu": 1}),
@@ -225,19 +212,19 @@ def test_a_sweep_that_no_cpu_is_free_for_ends_with_advice_and_can_be_repeated(tm
                 storage=tmp_path,
                 name="offline",
                 concurrent=1,
-                timeout_s=4.0,
+                timeout_s=timeout_s,
                 reuse_processes=True,
                 task=task,
             )
 
     hog = Hog.remote()
-    assert ray.get(hog.ready.remote(), timeout=60)
+    assert ray.get(hog.ready.remote(), timeout=240)
     with pytest.raises(
-        ResourceError, match=r"1 of 1 sweep trials \(linear\) did not end within 4\.0 s"
+        ResourceError, match=r"1 of 1 sweep trials \(linear\) did not end within 2\.0 s"
     ):
-        sweep()
+        sweep(2.0)
     ray.kill(hog)
-    assert sweep()["linear"]["rows"] == []
+    assert sweep(240.0)["linear"]["rows"] == []
 
 
 def test_a_sweep_without_labels_or_draws_is_empty_and_says_so(run_dir):

@@ -12,7 +12,7 @@ from morlaif_ray.artifacts import read_table
 from morlaif_ray.principles import load_principles
 from tests.jobs.commands import ROOT, FinishedRun
 
-pytestmark = [pytest.mark.jobs, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(2400)]
 
 
 def recorded(finished_run: FinishedRun) -> set[str]:

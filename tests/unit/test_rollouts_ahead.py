@@ -96,14 +96,24 @@ def test_one_step_off_every_batch_but_the_first_is_one_version_old(tmp_path: Pat
     assert versions == [0, 0, 1, 2, 3]
 
 
-def test_the_wait_before_new_weights_lasts_until_nothing_is_sampled(tmp_path: Path) -> None:
+def test_the_wait_before_new_weights_lasts_until_nothing_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sampler = Sampler()
     rollouts = ahead(sampler, tmp_path)
     rollouts.take(0)
     sampler.gate.clear()
     rollouts.begin(1)
     opened: list[bool] = []
-    threading.Timer(0.05, lambda: (opened.append(True), sampler.gate.set())).start()
+    assert rollouts._next is not None
+    wait_for_it = rollouts._next[1].exception
+
+    def look_and_open() -> object:  # where `wait` begins to wait, and not before
+        opened.append(True)
+        sampler.gate.set()
+        return wait_for_it()
+
+    monkeypatch.setattr(rollouts._next[1], "exception", look_and_open)
     assert not rollouts.wait()  # it was not ready at once
     assert opened == [True]
     assert rollouts.wait_s > 0.0

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.ports import free_port
 
 START_TIMEOUT_S = 400.0
 STOP_TIMEOUT_S = 30.0
@@ -31,9 +32,7 @@ class Server:
 @contextlib.contextmanager
 def serve(folder: Path, log: Path, *, key: str, max_length: int) -> Iterator[Server]:
     """Serves the model in `folder`. RuntimeError with the log's end where it dies or is not ready in time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--served-model-name", "judge"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from morlaif_ray.config.judging import FeedbackConfig, LocalJudge, OpenAIJudge
 from morlaif_ray.errors import FeedbackError
@@ -25,8 +24,8 @@ from morlaif_ray.feedback.judges import build_client, build_feedback_client
 from morlaif_ray.feedback.parsing import parse_answer
 from morlaif_ray.feedback.questions import PairBatch, split_batches
 from tests.unit.feedback.fakes import PLAN, MemoryLedger, make_pairs, make_runner
-from tests.unit.feedback.tiny_judges import CHAT_TEMPLATE, make_letter_judge
 from tests.vllm.serving import Server, serve
+from tests.vllm.tiny_models import JUDGE_CONTEXT, make_judge
 
 pytestmark = [
     pytest.mark.vllm,
@@ -39,7 +38,6 @@ pytestmark = [
     ),
 ]
 KEY, KEY_ENV = "sk-vllm-test-0123456789", "MORLAIF_TEST_VLLM_KEY"
-CONTEXT = 1024
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,21 +48,12 @@ def _key_in_environment() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with attention heads of a size that vLLM's CPU kernels know (64), inclined to answer A or B."""
-    torch.set_num_threads(1)
-    return make_letter_judge(
-        tmp_path_factory.mktemp("vllm") / "judge",
-        chat_template=CHAT_TEMPLATE,
-        context=CONTEXT,
-        hidden_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+    return make_judge(tmp_path_factory.mktemp("vllm") / "judge")
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    with serve(folder, folder.parent / "server.log", key=KEY, max_length=CONTEXT) as running:
+    with serve(folder, folder.parent / "server.log", key=KEY, max_length=JUDGE_CONTEXT) as running:
         print(f"ready after {running.started_s:.1f} s")
         yield running
 
@@ -132,7 +121,7 @@ def test_a_pair_beyond_the_servers_context_fails_alone_and_says_why(server: Serv
 
     async def ask() -> AttemptError:
         with pytest.raises(AttemptError) as caught:
-            await client.ask(dataclasses.replace(question, first=" word" * CONTEXT))
+            await client.ask(dataclasses.replace(question, first=" word" * JUDGE_CONTEXT))
         assert isinstance(await client.ask(question), RawAnswer)
         await client.close()
         return caught.value

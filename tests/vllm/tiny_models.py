@@ -11,14 +11,30 @@ import torch
 from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.types import GenerationRequest, RolloutBatch
+from tests.opinions import give_opinions
+from tests.unit.feedback.tiny_judges import CHAT_TEMPLATE, make_letter_judge
 
 WORDS = "Human: Assistant: red green blue sun moon star"
+JUDGE_CONTEXT = 1024
 POSITIONS = 256
 PROMPTS = (
     "\n\nHuman: red\n\nAssistant:",
     "\n\nHuman: sun moon star sun moon\n\nAssistant:",
     "\n\nHuman: blue green\n\nAssistant: star\n\nHuman: red red\n\nAssistant:",
 )
+
+
+def make_judge(folder: Path) -> Path:
+    """A Llama with attention heads of a size that vLLM's CPU kernels know (64), inclined to answer A or B."""
+    torch.set_num_threads(1)
+    return make_letter_judge(
+        folder,
+        chat_template=CHAT_TEMPLATE,
+        context=JUDGE_CONTEXT,
+        hidden_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
 
 
 def make_model(kind: str, folder: Path, seed: int = 3) -> Any:
@@ -45,11 +61,7 @@ def make_model(kind: str, folder: Path, seed: int = 3) -> Any:
             tie_word_embeddings=False,
         )
         model = hf.LlamaForCausalLM(settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6.0)
-    model.eval()
+    give_opinions(model).eval()
     save_pretrained(model, tokenizer, folder)
     return model
 

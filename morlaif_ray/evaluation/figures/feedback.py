@@ -68,16 +68,10 @@ def calibration(tables: RunTables) -> Figure | None:
         return None
     names = list(dict.fromkeys(str(row["principle"]) for row in rows))
     names.sort(key=lambda name: name != "general")
-    columns = min(5, len(names))
-    height = -(-len(names) // columns)
-    figure = style.new_figure(0.7 + 1.6 * height)
-    grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(names):
-            axes.set_visible(False)
-            continue
-        _reliability(axes, [row for row in rows if row["principle"] == names[place]])
-        axes.set_title(readable(names[place]), fontsize=9, pad=3)
+    figure, panels = style.small_panels(len(names), columns=5, base_in=0.7, row_in=1.6)
+    for axes, name in zip(panels, names, strict=True):
+        _reliability(axes, [row for row in rows if row["principle"] == name])
+        axes.set_title(readable(name), fontsize=9, pad=3)
     figure.supxlabel("judge's probability for the response that it prefers", fontsize=9.5)
     figure.supylabel("share of people who prefer it", fontsize=9.5)
     return figure

@@ -91,15 +91,8 @@ def pm_training(tables: RunTables) -> Figure | None:
     if not rows:
         return None
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
-    columns = 4 if len(models) > 3 else len(models)
-    height = -(-len(models) // columns)
-    figure = style.new_figure(0.6 + 1.35 * height)
-    grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(models):
-            axes.set_visible(False)
-            continue
-        name = models[place]
+    figure, panels = style.small_panels(len(models), columns=4, base_in=0.6, row_in=1.35)
+    for axes, name in zip(panels, models, strict=True):
         own = [row for row in rows if row["model"] == name]
         colour = style.ORANGE if name.startswith("baseline_") else style.BLUE
         loss = _column(own, "loss")

@@ -95,11 +95,8 @@ def reward_and_truth(tables: RunTables) -> Figure | None:
     ]
     if scale is None or not arms:
         return None
-    columns = min(4, len(arms))
-    rows = -(-len(arms) // columns)
-    figure = style.new_figure(0.75 + 1.75 * rows)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for axes, arm in zip(grid, arms, strict=False):
+    figure, panels = style.small_panels(len(arms), columns=4, base_in=0.75, row_in=1.75)
+    for axes, arm in zip(panels, arms, strict=True):
         steps = arm.series("step")
         reward = style.running_mean(arm.gain_series, SMOOTHING_STEPS)
         truth = style.running_mean(
@@ -132,11 +129,9 @@ def reward_and_truth(tables: RunTables) -> Figure | None:
             )
         axes.grid(axis="y")
         axes.locator_params(nbins=4)
-    for axes in grid[len(arms) :]:
-        axes.set_visible(False)
     figure.supxlabel("PPO step", fontsize=9.5)
     figure.supylabel("gain over SFT (SFT sd)", fontsize=9.5)
-    handles, labels = grid[0].get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2)
     return figure
 

@@ -79,6 +79,22 @@ def new_figure(height_in: float, width_in: float = WIDTH_IN) -> Figure:
     return figure
 
 
+def small_panels(
+    num: int, *, columns: int, base_in: float, row_in: float
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `num` small charts on common axes, row by row, at most `columns` beside each other.
+
+    Its height is `base_in` and `row_in` per row, inches; places beyond the last chart stay empty.
+    """
+    columns = min(columns, num)
+    rows = -(-num // columns)
+    figure = new_figure(base_in + row_in * rows)
+    places = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes in places[num:]:
+        axes.set_visible(False)
+    return figure, list(places[:num])
+
+
 def to_png(figure: Figure) -> bytes:
     """PNG bytes without time stamp."""
     stream = io.BytesIO()

@@ -1,27 +1,18 @@
-"""`write_synthetic_run` for the tests of this folder (tests are no packages: the file is loaded by its path)."""
+"""`write_synthetic_run` for the tests of this folder, and one run that it wrote."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-
-def load_synthetic_run() -> ModuleType:
-    path = Path(__file__).with_name("synthetic_run.py")
-    spec = importlib.util.spec_from_file_location("synthetic_run", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.unit.evaluation import synthetic_run
 
 
 @pytest.fixture(scope="session")
 def synthetic() -> ModuleType:
-    return load_synthetic_run()
+    return synthetic_run
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from morlaif_ray.evaluation.figures import FIGURES
 from morlaif_ray.evaluation.report import SECTIONS
 from morlaif_ray.evaluation.report.blocks import Column, Table, show_interval
 from morlaif_ray.types import Interval
+from tests.unit.evaluation import synthetic_figures
 
 NAN = float("nan")
 ALLOWED_SCHEMES = ("data:", "#")
@@ -132,8 +133,8 @@ def test_the_summary_says_the_headline_figures_in_words(built):
     assert "penalises anti-sycophancy, so rewards sycophancy" in page.words
 
 
-def test_a_report_takes_less_than_twelve_seconds_of_cpu(built):
-    assert built[2] < 12.0
+def test_a_report_takes_seconds_of_cpu_and_not_minutes(built):
+    assert built[2] < 60.0  # some 3 s here; for a machine that is many times slower
 
 
 def test_the_same_files_give_the_same_bytes(built, whole_run, tmp_path):
@@ -269,8 +270,8 @@ def test_biases_of_a_run_without_the_newer_tables_are_drawn_and_no_curve_is_miss
 
 
 def test_a_run_of_one_step_one_arm_and_one_principle_is_drawn(synthetic, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "PRINCIPLES", ["helpfulness"])
-    monkeypatch.setattr(synthetic, "WEIGHTS", (0.5,))
+    monkeypatch.setattr(synthetic_figures, "PRINCIPLES", ["helpfulness"])
+    monkeypatch.setattr(synthetic_figures, "WEIGHTS", (0.5,))
     monkeypatch.setattr("morlaif_ray.evaluation.figures.style.DPI", 40)
     run_dir = tmp_path / "run"
     synthetic.write_synthetic_run(run_dir, arms=("worst_case",), num_prompts=3, num_steps=1)

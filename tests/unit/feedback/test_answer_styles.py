@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 
 import pytest
 from openai.types.chat import ChatCompletion
@@ -28,18 +27,11 @@ from morlaif_ray.feedback.parsing import HARD_LOG_ODDS, parse_answer
 from morlaif_ray.feedback.questions import QuestionPlan
 from morlaif_ray.feedback.recording import BatchOutcome
 from tests.fake_openai.answers import one_token_answer
-from tests.fake_openai.server import KEY, FakeOpenAI, true_log_odds
+from tests.fake_openai.server import FakeOpenAI, true_log_odds
 from tests.unit.feedback.fakes import MemoryLedger, batch_of, make_runner
 
 pytestmark = pytest.mark.unit
 FIRST, SECOND = " three words here", " one"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOpenAI]:
-    monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
-    with FakeOpenAI() as fake:
-        yield fake
 
 
 def feedback(
@@ -229,7 +221,7 @@ def test_joint_questions_survive_every_fault_and_spend_what_the_server_counted(
     server: FakeOpenAI,
 ) -> None:
     server.faults.extend(["429", "ok", "500", "reset", "invalid_json", "503", "not_a_completion"])
-    config = feedback(server, {"request_timeout_s": 2.0}, joint=3)
+    config = feedback(server, {"request_timeout_s": 60.0}, joint=3)
     names = (
         ("detail", "Longer?"),
         ("not_brief", "Not brief?"),

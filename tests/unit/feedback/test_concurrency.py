@@ -50,19 +50,24 @@ def test_it_never_falls_below_one() -> None:
 
 def test_the_gate_lets_in_as_many_as_the_limit_and_more_when_it_grows() -> None:
     async def scene() -> list[int]:
-        gate, seen = Gate(Concurrency(2.0, 8)), []
+        gate, seen, done = Gate(Concurrency(2.0, 8)), [], asyncio.Event()
 
         async def work() -> None:
             async with gate:
                 seen.append(gate.held)
-                await asyncio.sleep(0.01)
+                await done.wait()
+
+        async def until_all_wait() -> None:
+            for _ in range(10):
+                await asyncio.sleep(0)
 
         tasks = [asyncio.create_task(work()) for _ in range(6)]
-        await asyncio.sleep(0.005)
+        await until_all_wait()
         assert len(seen) == 2
         gate.succeeded()  # 3
-        await asyncio.sleep(0)
+        await until_all_wait()
         assert len(seen) == 3
+        done.set()
         await asyncio.gather(*tasks)
         assert gate.held == 0
         return seen

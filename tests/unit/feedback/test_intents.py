@@ -146,11 +146,12 @@ def test_a_ledger_of_version_2_is_taken_over(tmp_path: Path) -> None:
 
 def test_many_waiters_share_few_commits_and_all_hear_of_an_error() -> None:
     calls: list[int] = []
+    answered = asyncio.Event()
 
     class Slow(MemoryLedger):
         async def announce(self, intents: Sequence[Intent]) -> None:
             calls.append(len(intents))
-            await asyncio.sleep(0.01)
+            await answered.wait()
             if len(calls) > 2:
                 raise FeedbackError("disk full")
             await super().announce(intents)
@@ -162,8 +163,12 @@ def test_many_waiters_share_few_commits_and_all_hear_of_an_error() -> None:
     async def scene() -> None:
         announcer = Announcer(Slow())
         first = asyncio.create_task(ask(announcer, 1))
-        await asyncio.sleep(0.005)
-        tickets = [*await ask(announcer, 100), *await first]
+        while not calls:
+            await asyncio.sleep(0)
+        others = asyncio.create_task(ask(announcer, 100))
+        await asyncio.sleep(0)
+        answered.set()
+        tickets = [*await others, *await first]
         assert len(set(tickets)) == 101
         assert calls == [1, 100]
         found = await ask(announcer, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,13 +18,6 @@ from tests.unit.feedback.fakes import MemoryLedger, batch_of, make_runner, words
 
 pytestmark = pytest.mark.unit
 FIRST, SECOND = " three words here", " one"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOpenAI]:
-    monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
-    with FakeOpenAI() as fake:
-        yield fake
 
 
 def judge(server: FakeOpenAI, **changes: object) -> OpenAIJudge:
@@ -158,7 +150,7 @@ def test_with_every_fault_in_between_all_questions_end_right_and_are_recorded_on
     ledger = MemoryLedger()
 
     async def work():  # type: ignore[no-untyped-def]
-        client = build_client(judge(server, request_timeout_s=0.5), seed=0)
+        client = build_client(judge(server, request_timeout_s=2.0), seed=0)
         try:
             return await make_runner(client, ledger, max_attempts=6).run(batch_of(4))
         finally:

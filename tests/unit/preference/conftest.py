@@ -11,6 +11,7 @@ import torch
 
 from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 from morlaif_ray.config.inputs import ScratchModel
+from tests.opinions import give_opinions
 
 
 @pytest.fixture(autouse=True)
@@ -65,11 +66,7 @@ def backbone(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
                 **extra,
             )
             model = model_class(settings)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(6.0)
-        save_pretrained(model, tokenizer, folder)
+        save_pretrained(give_opinions(model), tokenizer, folder)
         return str(folder)
 
     return make

@@ -12,14 +12,15 @@ from morlaif_ray.config.learning import ALL_SCALARIZERS, RewardConfig
 from morlaif_ray.errors import ArtifactError, DataError, ScalarizerError
 from morlaif_ray.reward import Normaliser, RewardFunction, scalarize
 from morlaif_ray.types import ScoreTable
+from tests.unit.reward import vectors
 
-RAW = np.array([[1.0, -0.5, 2.0, 0.3], [-1.2, 0.5, 0.6, -0.8]])
+RAW = vectors.SCORES
 NAMES = ("helpfulness", "bias", "detail", "sycophancy")
 WEIGHTS_JSON = {
     "principles": list(NAMES),
     "weights": {
         name: {"weight": weight, "low": None, "high": None}
-        for name, weight in zip(NAMES, [0.5, 1.0, 0.25, -0.5], strict=True)
+        for name, weight in zip(NAMES, vectors.WEIGHTS, strict=True)
     },
     "normaliser": {
         "helpfulness": {"mean": 0.0, "std": 1.0, "num": 512},
@@ -64,18 +65,7 @@ def test_normaliser_names_the_principle_that_it_cannot_be_fitted_to():
         Normaliser.fit(RAW[:, :2], ("a", "b")).apply(RAW)
 
 
-@pytest.mark.parametrize(
-    ("scalarizer", "expected"),
-    [
-        ("linear", [-1.5125, 1.4125]),
-        ("worst_case", [-1.2, -0.6]),
-        ("soft_max_min", [-0.62513, 0.116472]),
-        ("uncertainty_weighted", [-0.64728, 0.110454]),
-        ("lower_quantile", [-1.2, -0.6]),
-        ("max_median", [-0.40625, 0.40625]),
-        ("bernoulli_nash", [0.290661, 0.557843]),
-    ],
-)
+@pytest.mark.parametrize(("scalarizer", "expected"), vectors.NORMALISED)
 def test_reward_function_normalises_then_scalarizes(scalarizer, expected):
     result = reward_function(scalarizer)(RAW)
     np.testing.assert_allclose(result.reward_B, expected, atol=6e-6)

@@ -11,9 +11,9 @@ from hypothesis.extra.numpy import arrays
 from morlaif_ray.config.learning import ALL_SCALARIZERS
 from morlaif_ray.errors import ScalarizerError
 from morlaif_ray.reward import SCALARIZERS, count_missing, scalarize
+from tests.unit.reward import vectors
 
-Z = np.array([[1.0, -0.5, 2.0, 0.3], [-1.2, 0.5, 0.6, -0.8]])
-W = np.array([0.5, 1.0, 0.25, -0.5])
+Z, W = vectors.SCORES, vectors.WEIGHTS
 MU = np.array([0.0, 0.1, 0.5, -0.2])
 SIGMA = np.array([1.0, 0.5, 2.0, 0.25])
 
@@ -29,15 +29,6 @@ VECTORS = [
     ("bernoulli_nash", {}, [0.493370, 0.513271]),
     ("bernoulli_nash", {"log": True}, [-0.706497, -0.666951]),
     ("bernoulli_nash", {"weighting": "orient"}, [0.567136, 0.503341]),
-]
-NORMALISED_VECTORS = [
-    ("linear", [-1.5125, 1.4125]),
-    ("worst_case", [-1.2, -0.6]),
-    ("soft_max_min", [-0.62513, 0.116472]),
-    ("uncertainty_weighted", [-0.64728, 0.110454]),
-    ("lower_quantile", [-1.2, -0.6]),
-    ("max_median", [-0.40625, 0.40625]),
-    ("bernoulli_nash", [0.290661, 0.557843]),
 ]
 FORMS = [
     *((name, {}) for name in ALL_SCALARIZERS),
@@ -64,7 +55,7 @@ def test_scalarizer_gives_the_documented_vector(name, params, expected):
     np.testing.assert_allclose(scalarize(name, Z, W, **params), expected, atol=6e-7)
 
 
-@pytest.mark.parametrize(("name", "expected"), NORMALISED_VECTORS)
+@pytest.mark.parametrize(("name", "expected"), vectors.NORMALISED)
 def test_scalarizer_gives_the_documented_vector_after_normalisation(name, expected):
     np.testing.assert_allclose(scalarize(name, (Z - MU) / SIGMA, W), expected, atol=6e-6)
 

@@ -13,6 +13,7 @@ import torch
 from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.types import RolloutBatch
+from tests.opinions import give_opinions
 
 WORDS = "Human: Assistant: red green blue sun moon star"
 MAX_LENGTH = 32
@@ -77,11 +78,7 @@ def model_path(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Call
         folder: Path = root / kind
         if not folder.exists():
             model = _make_model(kind, tokenizer)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.dim() > 1:
-                        parameter.mul_(6.0)
-            save_pretrained(model, tokenizer, folder)
+            save_pretrained(give_opinions(model), tokenizer, folder)
         return str(folder)
 
     return make

@@ -1,4 +1,4 @@
-"""One rank of a learner, as a script: `python rank_worker.py job.json RANK`. Leaves weights and metrics of its rank.
+"""One rank of a learner, for a process of its own: `main("job.json", rank)`. Leaves weights and metrics of its rank.
 
 job.json: {model, config, size, address, start, stop, checkpoint, restore, out}.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl import PPOLearner
 from morlaif_ray.rl.ranks import join_ranks, leave_ranks
+from tests.unit.rl.conftest import make_batch
 
 SEED = 5
 
@@ -27,12 +26,10 @@ def rewards_of(step: int, num: int) -> np.ndarray:
 
 
 def main(job_file: str, rank: int) -> None:
-    from conftest import make_batch  # beside this script
-
     torch.set_num_threads(1)
     job = json.loads(Path(job_file).read_text())
     config = PolicyConfig(**job["config"])
-    ranks = join_ranks(rank, job["size"], job["address"], "cpu", 60.0)
+    ranks = join_ranks(rank, job["size"], job["address"], "cpu", 240.0)
     learner = PPOLearner(
         job["model"], config, seed=SEED, ranks=ranks, dtype=job.get("dtype", "float32")
     )
@@ -52,10 +49,3 @@ def main(job_file: str, rank: int) -> None:
     np.savez(out / f"weights_{rank}.npz", **learner.weights())
     (out / f"metrics_{rank}.json").write_text(json.dumps(metrics))
     leave_ranks()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
-    # Results are on the disk. After FSDP2 gloo threads outlive the process group (torch 2.13) and now and then abort
-    # the interpreter's exit; actors never come there, Ray ends them.
-    os._exit(0)

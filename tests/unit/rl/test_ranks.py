@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,9 @@ from transformers import AutoModelForCausalLM
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl import PPOLearner
 from morlaif_ray.rl.ranks import Ranks, _buckets
+from tests import forked
+from tests.ports import free_port
+from tests.unit.rl import rank_worker
 from tests.unit.rl.conftest import make_batch
 from tests.unit.rl.rank_worker import SEED, rewards_of
 
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),  # PEFT, about GPT-2's Conv1D
 ]
 
-WORKER = Path(__file__).with_name("rank_worker.py")
 WAIT_S = 240.0
 CONFIG = {
     "batch_size": 7,  # an odd number: the ranks' shares differ
@@ -43,12 +41,6 @@ CONFIG = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_two(folder: Path, **job: Any) -> list[tuple[dict[str, Any], list[dict[str, float]]]]:
     """Weights and metrics of both ranks."""
     folder.mkdir(exist_ok=True)
@@ -57,21 +49,11 @@ def run_two(folder: Path, **job: Any) -> list[tuple[dict[str, Any], list[dict[st
     job_file.write_text(
         json.dumps({"size": 2, "address": address, "out": str(folder), "restore": False, **job})
     )
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(job_file), str(rank)],
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(WORKER.parents[3])},
-        )
-        for rank in range(2)
+    logs = [folder / f"rank_{rank}.log" for rank in range(2)]
+    ranks = [
+        forked.start(rank_worker.main, str(job_file), rank, log=logs[rank]) for rank in range(2)
     ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=WAIT_S)
-            assert worker.returncode == 0, errors.decode()[-3000:]
-    finally:
-        for worker in workers:
-            worker.kill()
+    forked.end_well(ranks, logs, WAIT_S)
     return [
         (
             dict(np.load(folder / f"weights_{rank}.npz")),
