@@ -209,12 +209,17 @@ def _gathered_gb(shape: ModelShape, policy: PolicyConfig, copies: int) -> float:
     return gathered * shape.bytes_per_weight / GB
 
 
-def generation_gb(shape: ModelShape, load: Load, *, shards: int = 1, on_gpu: bool = False) -> float:
-    """Memory of a process that generates: weights, the KV cache of what is in flight, the last tokens' logits."""
+def generation_gb(
+    shape: ModelShape, load: Load, *, copies: int = 1, shards: int = 1, on_gpu: bool = False
+) -> float:
+    """Memory of a process that generates: weights, the KV cache of what is in flight, the last tokens' logits.
+
+    `copies`: 2 where it keeps the base beside the weights that adapters were merged into.
+    """
     cache = 2 * shape.num_layers * shape.width * shape.bytes_per_weight
     cache_gb = cache * load.sequences * load.length / shards / GB
     logits = load.sequences * shape.vocabulary_size * 12 / GB
-    return _with_overhead(weights_gb(shape, shards) + cache_gb + logits, on_gpu)
+    return _with_overhead(copies * weights_gb(shape, shards) + cache_gb + logits, on_gpu)
 
 
 def scoring_gb(

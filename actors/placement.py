@@ -96,12 +96,19 @@ def _sft(config: Config) -> list[Bundle]:
     return [Bundle("0_sft", "SFT worker", sft.num_workers, SFT_CPUS, gpus, memory, reduce)]
 
 
-def _rollouts(config: Config, phase: str, count: int, setting: str, new_tokens: int) -> Bundle:
+def _rollouts(
+    config: Config, phase: str, count: int, setting: str, new_tokens: int, *, learns: bool = False
+) -> Bundle:
+    """`learns`: the workers get new weights after every step."""
     shape, gpus = _target(config), config.policy.rollout_gpus_per_worker
     memory = math.nan
     if shape is not None:
         load = Load(KV_SEQUENCES, config.model.max_length + new_tokens)
-        memory = generation_gb(shape, load, shards=max(1, round(gpus)), on_gpu=gpus > 0)
+        # Adapters are merged into a base that stays on the host: beside the weights where those lie there, too.
+        copies = 2 if learns and config.policy.lora is not None and not gpus else 1
+        memory = generation_gb(
+            shape, load, copies=copies, shards=max(1, round(gpus)), on_gpu=gpus > 0
+        )
     reduce = f"{setting} or policy.rollout_gpus_per_worker" if gpus else setting
     return Bundle(phase, "rollout worker", count, ROLLOUT_CPUS, gpus, memory, reduce)
 
@@ -239,6 +246,7 @@ def _arms(config: Config, phase: str, num_concurrent: int) -> list[Bundle]:
         num_concurrent * policy.num_rollout_workers,
         "policy.num_rollout_workers",
         policy.max_new_tokens,
+        learns=True,
     )
     return [learner, rollouts, _panel(config, phase, _panel_models(config))]
 

@@ -118,19 +118,20 @@ class PPOLearnerActor:
         return made
 
     def weights(self) -> dict[str, Any]:
-        """The policy's weights for the rollout workers; stays in the object store, never passes the driver."""
+        """What the rollout workers need: all weights, or with LoRA the packed adapters; never passes the driver."""
         if not self._settings.config.fsdp:
-            return self._learner.weights()
-        made: dict[str, Any] = self._together("gather_weights", self._learner.weights)
+            return self._learner.policy.sent_weights()
+        made: dict[str, Any] = self._together("gather_weights", self._learner.policy.sent_weights)
         return made
 
     def gather_weights(self) -> None:
         """This rank's part in rank 0's `weights`; the result stays there."""
-        self._learner.help_gather()
+        self._learner.policy.help_send()
 
     def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
         """The same weights in pieces of at most `max_bytes`, each with its checksum; for `num_returns="streaming"`."""
-        yield from in_buckets(self.weights(), self._learner.step, max_bytes)
+        step, base = self._learner.step, self._learner.policy.base_checksum
+        yield from in_buckets(self.weights(), step, max_bytes, base)
 
     def save_checkpoint(self) -> int:
         """Publishes the whole training state; returns the number of steps it holds."""

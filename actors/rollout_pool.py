@@ -107,7 +107,8 @@ class RolloutPool:
         )
 
     def load_weights(self, weights: Any, version: int) -> None:
-        """Gives every worker the weights: a list of references to buckets, or a plain dict (or a reference to one)."""
+        """Gives every worker the weights: a list of references to buckets (of all weights, or of adapters to what the
+        workers started with), or a plain dict (or a reference to one)."""
         self._weights, self._version = weights, version
         method, arguments = self._loading()
         held = call_all([Call(worker, method, arguments) for worker in self._workers])
@@ -148,9 +149,12 @@ def join_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
 
 
 def weights_reference(
-    weights: Mapping[str, np.ndarray[Any, Any]], version: int = 0, max_bytes: int = 256 << 20
+    weights: Mapping[str, np.ndarray[Any, Any]],
+    version: int = 0,
+    max_bytes: int = 256 << 20,
+    base: int | None = None,
 ) -> list[Any]:
-    """Puts weights into the object store once, for all workers (zero copy on the same node)."""
+    """Puts weights (or adapters of `base`) into the object store once, for all workers (zero copy on the same node)."""
     import ray
 
-    return [ray.put(bucket) for bucket in in_buckets(weights, version, max_bytes)]
+    return [ray.put(bucket) for bucket in in_buckets(weights, version, max_bytes, base)]

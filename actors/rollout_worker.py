@@ -9,6 +9,7 @@ from actors.engines import engine_of
 from actors.spawning import spawn
 from actors.training import set_single_thread
 from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.rl.adapter_transfer import unpack
 from morlaif_ray.rl.generation import GenerationEngine, SamplingSettings, TransformersEngine
 from morlaif_ray.rl.vllm_engine import (
     CPU_ENVIRONMENT,
@@ -59,11 +60,19 @@ class RolloutWorker:
         return version
 
     def load_buckets(self, buckets: Sequence[Any], version: int) -> int:
-        """Adopts the weights behind references to `WeightBucket`s once all are verified; returns their version."""
+        """Adopts the weights, or the adapters, behind references to `WeightBucket`s once all are verified.
+
+        Returns their version.
+        """
         weights: dict[str, Any] = {}
+        base: int | None = None
         for bucket in _resolved(buckets, version):
             weights |= bucket.weights
-        self.engine.load_weights(weights, version)
+            base = bucket.base
+        if base is None:
+            self.engine.load_weights(weights, version)
+        else:
+            self.engine.load_adapters(unpack(weights), base, version)
         return version
 
 

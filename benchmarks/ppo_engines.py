@@ -1,101 +1,202 @@
-"""vLLM beside `transformers.generate` and our own sampler, on the same prompts and limits, in one process each in turn.
+"""vLLM beside `transformers.generate` and our own sampler: response tokens per second of a rollout worker.
 
-Part `engines` of `benchmarks.ppo`. Two workloads: every response fills its limit (`equal`), and lengths that vary as in
-real dialogues (`varying`). The default engine of a device should be the faster one.
+    python -m benchmarks.ppo --only engines [--quick]           # part of the PPO benchmark, float32
+    python -m benchmarks.ppo_engines [--quick] [--dtype bfloat16]
+
+Two workloads: `equal`, where EOS has no probability, so that every response fills its limit in every engine; `varying`,
+lengths as in real dialogues. Each engine works in a process of its own, started with one thread as a rollout worker is,
+on the same prompts: one untimed batch, then the median of `ROUNDS`, no prompt twice. `threads` is CPU time over wall
+time of the timed batches. Ours and vLLM also return log-probabilities; `generate` does not. The default engine of a
+device should be the faster one. Last line: one JSON object.
 """
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import importlib.util
 import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.ppo_workload import NUM_PROMPTS, Size, make_workload
-from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
-from morlaif_ray.types import GenerationRequest, RolloutBatch
+from benchmarks.ppo_workload import FULL, NUM_PROMPTS, QUICK, Size, make_workload
 
 BATCH = 64
-ROUNDS = 3
+ROUNDS = 5
 NEW_TOKENS = 64
+IMPOSSIBLE = -30.0
+"""EOS's logit beside words' around 0."""
+ENGINES = ("ours", "transformers.generate", "vllm")
+TIMEOUT_S = 1800.0
 
 
-def compare_engines(folder: Path, size: Size, *, with_vllm: bool) -> dict[str, Any]:
-    """Tokens per second of every engine; `rollout_ratio_vllm_vs_generate` is for lengths that vary, None without vLLM.
-
-    One thread each, as a rollout worker has.
-    """
-    torch.set_num_threads(1)
-    rates: dict[str, dict[str, float]] = {}
+def compare_engines(
+    folder: Path, size: Size, *, with_vllm: bool, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Tokens per second of every engine; the ratio is for lengths that vary, None without vLLM."""
+    measured: dict[str, dict[str, dict[str, float]]] = {}
+    print(f"{'lengths':9s}{'engine':23s}{'tokens/s':>9s}{'tokens each':>13s}{'threads':>9s}")
     for name, mean in (("equal", None), ("varying", 48.0)):
         target = folder / name
         target.mkdir(parents=True)
-        make_workload(target, size, topology="shared_trunk", mean_response_tokens=mean)
-        model = target / "0_sft" / "model"
-        prompts = _prompts(target)
-        rates[name] = {
-            "ours": _rate(TransformersEngine.from_path(model), prompts),
-            "transformers.generate": _generate_rate(model, target),
-        }
-        print(f"{name:8s} " + ", ".join(f"{k} {v:.0f} tokens/s" for k, v in rates[name].items()))
+        make_workload(target, size, topology="shared_trunk", mean_response_tokens=mean, dtype=dtype)
+        if mean is None:
+            _make_endless(target / "0_sft" / "model", dtype)
+        measured[name] = {}
+        for engine in ENGINES if with_vllm else ENGINES[:2]:
+            row = measured[name][engine] = _in_own_process(engine, target, dtype)
+            print(
+                f"{name:9s}{engine:23s}{row['tokens_per_s']:9.0f}{row['tokens_each']:13.1f}"
+                f"{row['threads']:9.2f}",
+                flush=True,
+            )
+    rates = {
+        name: {engine: round(row["tokens_per_s"]) for engine, row in rows.items()}
+        for name, rows in measured.items()
+    }
     ratio = None
     if with_vllm:
-        _add_vllm(folder, rates)
-        varying = rates["varying"]
-        ratio = round(varying["vllm"] / varying["transformers.generate"], 2)
-    return {"rollout_ratio_vllm_vs_generate": ratio, "rollout_tokens_per_s": rates}
+        varying = measured["varying"]
+        ratio = varying["vllm"]["tokens_per_s"] / varying["transformers.generate"]["tokens_per_s"]
+        print(_verdict(rates["varying"]))
+    return {
+        "rollout_ratio_vllm_vs_generate": None if ratio is None else round(ratio, 2),
+        "rollout_tokens_per_s": rates,
+    }
 
 
-def _add_vllm(folder: Path, rates: dict[str, dict[str, float]]) -> None:
-    vllm_engine = importlib.import_module("morlaif_ray.rl.vllm_engine")
-    for name in rates:
-        target = folder / name
-        engine = vllm_engine.VllmEngine(str(target / "0_sft" / "model"))
-        rates[name]["vllm"] = _rate(engine, _prompts(target))
-        engine.close()
-        print(f"{name:8s} vllm {rates[name]['vllm']:.0f} tokens/s")
+def _verdict(rates: dict[str, int]) -> str:
+    """Whether `policy.engine: auto` takes the faster of the two engines here."""
+    from actors.engines import engine_of
+    from morlaif_ray.config.learning import PolicyConfig
+
+    gpus = 1.0 if torch.cuda.is_available() else 0.0
+    chosen = engine_of(PolicyConfig(engine="auto", rollout_gpus_per_worker=gpus))
+    ours = {"transformers": rates["ours"], "vllm": rates["vllm"]}
+    fastest = max(ours, key=lambda engine: ours[engine])
+    gain = ours[fastest] / min(ours.values())
+    return f"policy.engine: auto is {chosen} on this device; the faster one is {fastest}, {gain:.2f} times"
 
 
-def _prompts(folder: Path) -> list[str]:
-    from morlaif_ray.artifacts import read_records
-    from morlaif_ray.types import Prompt
+def _make_endless(model_folder: Path, dtype: str) -> None:
+    """Points the final layer norm's bias away from EOS's embedding."""
+    from morlaif_ray.backbone import load_causal_lm
 
-    return [p.text for p in read_records(folder / "0_sft" / "prompts.parquet", Prompt)]
+    model = load_causal_lm(str(model_folder), dtype=dtype)
+    with torch.no_grad():
+        eos = model.transformer.wte.weight[model.config.eos_token_id].float()
+        model.transformer.ln_f.bias.copy_(IMPOSSIBLE * eos / eos.square().sum())
+    model.save_pretrained(model_folder)
 
 
-def _rate(engine: Any, prompts: list[str]) -> float:
-    """Median tokens per second of three batches after a short warm-up."""
-    settings = SamplingSettings(max_new_tokens=NEW_TOKENS)
-    engine.generate([GenerationRequest(prompts[0], 0)], SamplingSettings(max_new_tokens=4))
-    rates = []
+def _in_own_process(engine: str, folder: Path, dtype: str) -> dict[str, float]:
+    """Starts the engine as a rollout worker's process is started: one OpenMP thread from the beginning."""
+    command = [sys.executable, "-m", "benchmarks.ppo_engines", "--folder", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if engine == "vllm":
+        from morlaif_ray.rl.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT
+
+        environment |= ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)
+    done = subprocess.run(
+        [*command, "--engine", engine, "--dtype", dtype],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise RuntimeError(f"{engine} ended with exit code {done.returncode}:\n{tail}")
+    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+# ---------------------------------------------------------------- inside the process of one engine
+
+
+def measure(engine: str, folder: Path, dtype: str) -> dict[str, float]:
+    """Medians of the timed batches: tokens per second, tokens of a response, CPU seconds per second."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    sample = {"ours": _ours, "transformers.generate": _generate, "vllm": _vllm}[engine](
+        folder, dtype
+    )
+    sample(ROUNDS)  # other prompts than those of the timed batches
+    rates, shares, tokens = [], [], 0
     for index in range(ROUNDS):
-        chosen = [prompts[(index * BATCH + row) % NUM_PROMPTS] for row in range(BATCH)]
-        requests = [GenerationRequest(p, 1000 * index + row) for row, p in enumerate(chosen)]
-        started = time.perf_counter()
-        batch: RolloutBatch = engine.generate(requests, settings)
-        rates.append(float(batch.response_lengths_B.sum()) / (time.perf_counter() - started))
-    return sorted(rates)[ROUNDS // 2]
+        started, cpu = time.perf_counter(), time.process_time()
+        made = sample(index)
+        seconds = time.perf_counter() - started
+        rates.append(made / seconds)
+        shares.append((time.process_time() - cpu) / seconds)
+        tokens += made
+    return {
+        "tokens_per_s": statistics.median(rates),
+        "tokens_each": tokens / ROUNDS / BATCH,
+        "threads": statistics.median(shares),
+    }
 
 
-@torch.no_grad()
-def _generate_rate(model_folder: Path, folder: Path) -> float:
-    """`model.generate` as its documentation says: left padding, one batch, sampling; real tokens per second."""
+def _rows(index: int) -> list[int]:
+    assert (index + 1) * BATCH <= NUM_PROMPTS
+    return list(range(index * BATCH, (index + 1) * BATCH))
+
+
+def _ours(folder: Path, dtype: str) -> Callable[[int], int]:
+    from morlaif_ray.rl.generation import TransformersEngine
+
+    engine = TransformersEngine.from_path(folder / "0_sft" / "model", dtype=dtype)
+    if torch.cuda.is_available():
+        engine.model.to("cuda")
+    return _engine(engine, folder)
+
+
+def _vllm(folder: Path, dtype: str) -> Callable[[int], int]:
+    from morlaif_ray.rl.vllm_engine import VllmEngine
+
+    return _engine(VllmEngine(folder / "0_sft" / "model", dtype=dtype), folder)
+
+
+def _engine(engine: Any, folder: Path) -> Callable[[int], int]:
+    from morlaif_ray.artifacts import read_records
+    from morlaif_ray.rl.generation import SamplingSettings
+    from morlaif_ray.types import GenerationRequest, Prompt
+
+    prompts = [p.text for p in read_records(folder / "0_sft" / "prompts.parquet", Prompt)]
+    settings = SamplingSettings(max_new_tokens=NEW_TOKENS)
+
+    def sample(index: int) -> int:
+        requests = [GenerationRequest(prompts[row], row) for row in _rows(index)]
+        return int(engine.generate(requests, settings).response_lengths_B.sum())
+
+    return sample
+
+
+def _generate(folder: Path, dtype: str) -> Callable[[int], int]:
+    """`model.generate` as its documentation says: left padding, one batch, sampling; real tokens count."""
     from morlaif_ray.backbone import load_causal_lm, load_tokenizer
 
-    model = load_causal_lm(str(model_folder)).eval()
-    tokenizer = load_tokenizer(str(model_folder))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_causal_lm(str(folder / "0_sft" / "model"), dtype=dtype).to(device).eval()
+    pad = load_tokenizer(str(folder / "0_sft" / "model")).pad_token_id
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-    rates = []
-    for index in range(ROUNDS):
+
+    @torch.no_grad()
+    def sample(index: int) -> int:
         torch.manual_seed(index)
-        rows = [prompts[(index * BATCH + row) % NUM_PROMPTS] for row in range(BATCH)]
+        rows = [prompts[row] for row in _rows(index)]
         longest = max(map(len, rows))
-        pad = tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-        started = time.perf_counter()
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
         output = model.generate(
             input_ids=ids,
             attention_mask=(ids != pad).long(),
@@ -104,6 +205,33 @@ def _generate_rate(model_folder: Path, folder: Path) -> float:
             max_new_tokens=NEW_TOKENS,
             pad_token_id=pad,
         )
-        seconds = time.perf_counter() - started
-        rates.append(float((output[:, longest:] != pad).sum()) / seconds)
-    return sorted(rates)[ROUNDS // 2]
+        return int((output[:, longest:] != pad).sum())
+
+    return sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="1.8M parameters instead of 29M")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        print(json.dumps(measure(options.engine, options.folder, options.dtype)), flush=True)
+        # Results are out; vLLM's threads must not hold up the exit.
+        os._exit(0)
+    with_vllm = importlib.util.find_spec("vllm") is not None
+    if not with_vllm:
+        print("vLLM is not installed here; 'make test-vllm' installs its CPU build")
+    size = QUICK if options.quick else FULL
+    with tempfile.TemporaryDirectory(prefix="morlaif-engines-") as scratch:
+        figures = compare_engines(Path(scratch), size, with_vllm=with_vllm, dtype=options.dtype)
+    figures |= {"dtype": options.dtype, "model_parameters": size.parameters}
+    print(json.dumps(figures | {"load_at_end": round(os.getloadavg()[0], 1)}))
+
+
+if __name__ == "__main__":
+    main()

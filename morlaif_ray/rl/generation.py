@@ -18,6 +18,8 @@ from torch import Tensor
 
 from morlaif_ray.backbone import encode_prompt, load_causal_lm, load_tokenizer, with_leading_space
 from morlaif_ray.errors import ConfigError
+from morlaif_ray.rl.adapter_transfer import BaseWeights
+from morlaif_ray.rl.lora_merging import Adapter
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 
@@ -50,6 +52,10 @@ class GenerationEngine(Protocol):
 
     def load_weights(self, weights: Mapping[str, np.ndarray[Any, Any]], version: int) -> None: ...
 
+    def load_adapters(
+        self, adapters: Mapping[str, Sequence[Adapter]], base: int, version: int
+    ) -> None: ...
+
     def load_model(self, path: str) -> None: ...
 
 
@@ -60,6 +66,7 @@ class TransformersEngine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.policy_version = 0
+        self._base: BaseWeights | None = None
 
     @classmethod
     def from_path(cls, path: str | Path, *, dtype: str = "float32") -> TransformersEngine:
@@ -77,6 +84,22 @@ class TransformersEngine:
             parameters[name].copy_(torch.from_numpy(np.array(array)))
         self.policy_version = version
 
+    @torch.no_grad()
+    def load_adapters(
+        self, adapters: Mapping[str, Sequence[Adapter]], base: int, version: int
+    ) -> None:
+        """Adopts the weights that this engine started with, checksum `base`, with these adapters merged into them.
+
+        ArtifactError where it started with other weights than the learner.
+        """
+        parameters = dict(self.model.named_parameters())
+        if self._base is None:
+            self._base = BaseWeights(parameters.items(), wanted=adapters)
+        self._base.check(base, adapters)
+        for name, weight in self._base.merged(adapters, next(self.model.parameters()).device):
+            parameters[name].copy_(weight)
+        self.policy_version = version
+
     def load_model(self, path: str) -> None:
         """Replaces model and tokenizer by those of another folder; the version is 0 again."""
         old = next(self.model.parameters())
@@ -84,6 +107,7 @@ class TransformersEngine:
         self.model = load_causal_lm(path, dtype=dtype).to(old.device).eval()
         self.tokenizer = load_tokenizer(path)
         self.policy_version = 0
+        self._base = None
 
     @torch.no_grad()
     def generate(

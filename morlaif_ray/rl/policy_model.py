@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from morlaif_ray.config.inputs import LoraConfig
-from morlaif_ray.rl.lora_merging import merged_parameters
+from morlaif_ray.rl.adapter_transfer import base_checksum, pack
+from morlaif_ray.rl.lora_merging import adapted_parameters, merged_parameters
 from morlaif_ray.rl.response_rows import states_at
 from morlaif_ray.rl.sharding import decoder_layers, whole
 from morlaif_ray.rl.token_head import HeadSettings, head_logprobs
+from morlaif_ray.rl.weight_transfer import Array
 from morlaif_ray.tensor_ops import entropy, response_positions, token_logprobs
 
 
@@ -84,6 +86,10 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.how = _head_settings(model, temperature, chunk_tokens)
         self.critic = copy.deepcopy(model.base_model) if separate_critic else None
+        self.base_checksum: int | None = None
+        """Of the weights that adapters belong to (`adapter_transfer`); None without adapters."""
+        if lora is not None:
+            self.base_checksum = base_checksum(model.named_parameters())
         self.model = model if lora is None else _with_adapters(model, lora)
         self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1)
         # Values start at 0: the first advantages are the rewards themselves.
@@ -149,6 +155,20 @@ class PolicyModel(nn.Module):
             return
         for name, parameter in self.model.named_parameters():
             yield name, whole(parameter.detach())
+
+    def sent_weights(self) -> dict[str, Array]:
+        """What a rollout worker that holds the base needs: packed adapters, or where there are none all weights."""
+        if self.has_adapters:
+            return pack(adapted_parameters(self.model))
+        return {name: weight.float().cpu().numpy() for name, weight in self.merged_weights()}
+
+    def help_send(self) -> None:
+        """A sharded rank's part in another rank's `sent_weights`, of which it keeps nothing."""
+        named: Iterator[Any] = (
+            adapted_parameters(self.model) if self.has_adapters else self.merged_weights()
+        )
+        for _ in named:
+            pass
 
 
 class ReferenceModel(nn.Module):

@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from morlaif_ray.backbone import load_tokenizer
+from morlaif_ray.backbone import load_causal_lm, load_tokenizer
 from morlaif_ray.errors import ConfigError
+from morlaif_ray.rl.adapter_transfer import BaseWeights
 from morlaif_ray.rl.generation import SamplingSettings, assemble_batch, encode_requests
+from morlaif_ray.rl.lora_merging import Adapter
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 
 ENVIRONMENT = {
@@ -95,6 +97,8 @@ class VllmEngine:
         settings = settings or VllmSettings()
         self.tokenizer = load_tokenizer(str(model_path))
         self.policy_version = 0
+        self._folder, self._dtype = str(model_path), dtype
+        self._base: BaseWeights | None = None
         self._parameters, positions = _parameters_of(str(model_path))
         self.max_model_len = min(max_model_len or positions, positions)
         self._llm = _start(str(model_path), dtype, settings, self.max_model_len)
@@ -135,9 +139,27 @@ class VllmEngine:
         tensors = ((name, torch.from_numpy(np.array(array))) for name, array in weights.items())
         self._reload({"weights_iterator": tensors}, list(weights), version)
 
+    def load_adapters(
+        self, adapters: Mapping[str, Sequence[Adapter]], base: int, version: int
+    ) -> None:
+        """Adopts the folder's weights, checksum `base`, with these adapters merged into them; rules of `load_weights`.
+
+        ArtifactError where the folder holds other weights than the learner's.
+        """
+        if self._base is None:
+            # vLLM's own copies are fused and packed: the base is read once more, and stays on the host.
+            model = load_causal_lm(self._folder, dtype=self._dtype)
+            self._base = BaseWeights(model.named_parameters())
+        self._base.check(base, adapters)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # All of them, also those without adapters: vLLM fuses layers (see above).
+        tensors = self._base.merged(adapters, device)
+        self._reload({"weights_iterator": tensors}, list(self._base.names), version)
+
     def load_model(self, path: str) -> None:
         """The weights and tokenizer of another folder with a model of the same shape; the version is 0 again."""
         self.tokenizer = load_tokenizer(path)
+        self._folder, self._base = path, None
         self._reload({"weights_path": path}, [], 0)
 
     def close(self) -> None:

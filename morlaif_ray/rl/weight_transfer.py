@@ -27,9 +27,11 @@ class WeightBucket:
     index: int
     is_last: bool
     weights: dict[str, Array]
-    """Plain parameter name -> array, read-only where it lies in shared memory."""
+    """Plain parameter name -> array, read-only where it lies in shared memory; or parts of adapters (`base`)."""
     checksum: int
     """CRC-32 of names, shapes, types and bytes."""
+    base: int | None = None
+    """Checksum of the weights that these are adapters of (`adapter_transfer`); None: these are the weights."""
 
     def verified(self, version: int, index: int) -> WeightBucket:
         """Itself; NumericalError where it is not bucket `index` of `version` or its bytes changed on the way."""
@@ -50,15 +52,23 @@ def checksum_of(weights: Mapping[str, Array]) -> int:
     """CRC-32 over the weights in their order."""
     checksum = 0
     for name, array in weights.items():
-        checksum = zlib.crc32(f"{name}{array.shape}{array.dtype}".encode(), checksum)
-        checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)
+        checksum = add_to_checksum(checksum, name, array)
     return checksum
 
 
+def add_to_checksum(checksum: int, name: str, array: Array) -> int:
+    """The CRC-32 so far, with one more array."""
+    checksum = zlib.crc32(f"{name}{array.shape}{array.dtype}".encode(), checksum)
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)
+
+
 def in_buckets(
-    weights: Mapping[str, Array], version: int, max_bytes: int
+    weights: Mapping[str, Array], version: int, max_bytes: int, base: int | None = None
 ) -> Iterator[WeightBucket]:
-    """The weights in their order, at most `max_bytes` to a bucket (a larger array has one of its own)."""
+    """The weights in their order, at most `max_bytes` to a bucket (a larger array has one of its own).
+
+    `base`: where they are packed adapters, the checksum of the weights that they belong to.
+    """
     groups: list[dict[str, Array]] = [{}]
     size = 0
     for name, array in weights.items():
@@ -68,4 +78,5 @@ def in_buckets(
         groups[-1][name] = array
         size += array.nbytes
     for index, group in enumerate(groups):
-        yield WeightBucket(version, index, index == len(groups) - 1, group, checksum_of(group))
+        is_last = index == len(groups) - 1
+        yield WeightBucket(version, index, is_last, group, checksum_of(group), base)

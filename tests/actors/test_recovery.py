@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from actors import rollout_pool
@@ -29,7 +30,10 @@ from jobs.tracking import PrometheusGauges
 from jobs.train_policy import run_arm
 from morlaif_ray.artifacts import read_json, read_table
 from morlaif_ray.config import Config, load_config
+from morlaif_ray.config.inputs import LoraConfig
+from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import ActorLostError, ArtifactError
+from morlaif_ray.rl import PPOLearner
 from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
 from morlaif_ray.types import GenerationRequest
 from tests.jobs.commands import SETTINGS, SMOKE, FinishedRun
@@ -231,11 +235,23 @@ def other_weights(finished_run: FinishedRun) -> dict[str, np.ndarray[Any, Any]]:
     return {name: p.detach().numpy() for name, p in engine.model.named_parameters()}
 
 
+def adapters(finished_run: FinishedRun, version: int) -> list[Any]:
+    """Of the model that the workers started with, far enough from it to be noticed."""
+    policy = PolicyConfig(lora=LoraConfig(rank=2))
+    learner = PPOLearner(str(finished_run.run_dir / "0_sft" / "model"), policy, seed=0)
+    with torch.no_grad():
+        for name, parameter in learner.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    sent, base = learner.policy.sent_weights(), learner.policy.base_checksum
+    return rollout_pool.weights_reference(sent, version, max_bytes=20_000, base=base)
+
+
 def test_a_rollout_worker_killed_after_a_refresh_rejoins_with_the_current_weights(
     pool: RolloutPool, finished_run: FinishedRun
 ) -> None:
     at_first = pool.generate(requests(8), SAMPLING)
-    pool.load_weights(rollout_pool.weights_reference(other_weights(finished_run), 5), 5)
+    pool.load_weights(adapters(finished_run, 5), 5)  # base and adapters, merged anew after a kill
     expected = pool.generate(requests(8), SAMPLING)
     kill(pool._workers[0].handle)
     again = pool.generate(requests(8), SAMPLING)
@@ -244,6 +260,10 @@ def test_a_rollout_worker_killed_after_a_refresh_rejoins_with_the_current_weight
     assert again.responses == expected.responses
     np.testing.assert_array_equal(again.logprobs_BT, expected.logprobs_BT)
     assert not np.array_equal(at_first.logprobs_BT, expected.logprobs_BT)
+    pool.load_weights(rollout_pool.weights_reference(other_weights(finished_run), 6), 6)
+    other = pool.generate(requests(8), SAMPLING)
+    assert other.policy_version == 6
+    assert not np.array_equal(other.logprobs_BT, expected.logprobs_BT)
 
 
 def test_a_panel_actor_killed_in_mid_batch_loses_and_doubles_no_score(

@@ -11,8 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from morlaif_ray.errors import ConfigError
+from morlaif_ray.config.inputs import LoraConfig
+from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.errors import ArtifactError, ConfigError
+from morlaif_ray.rl import PPOLearner
+from morlaif_ray.rl.adapter_transfer import unpack
 from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
 from morlaif_ray.rl.vllm_engine import VllmEngine, VllmSettings
 from morlaif_ray.types import GenerationRequest, RolloutBatch
@@ -26,6 +31,8 @@ pytestmark = [
 SETTINGS = SamplingSettings(max_new_tokens=12, temperature=0.9)
 EXACT = 1e-4
 """Nats. Measured: 2e-6."""
+ADAPTED: dict[str, Any] = {"gpt2": "all-linear", "llama": ["q_proj", "v_proj"]}
+"""Llama's q, k and v are one layer in vLLM, of which two thirds have adapters here."""
 LONG = ("\n\nHuman: " + "red sun moon green " * 40 + "\n\nAssistant:",)
 """160 tokens: longer than a block of the prefix cache."""
 
@@ -172,6 +179,34 @@ def test_a_part_of_the_weights_or_an_unknown_one_is_refused_and_changes_nothing(
     assert pair.engine.policy_version == 0
     again = pair.engine.generate(requests(4), SETTINGS)
     np.testing.assert_array_equal(again.logprobs_BT, before.logprobs_BT)
+
+
+def test_adapters_merged_by_the_engine_sample_as_the_learners_merged_weights(pair: Pair) -> None:
+    """Twice, so that the second adapters meet the base and not the first; the base stays as it was."""
+    asked = requests(12) + requests(6, LONG)
+    before = pair.engine.generate(asked, SETTINGS)
+    lora = LoraConfig(rank=3, alpha=5.0, target_modules=ADAPTED[pair.kind])
+    learner = PPOLearner(str(pair.folder), PolicyConfig(lora=lora), seed=0)
+    base = learner.policy.base_checksum
+    assert base is not None
+    matrices = [p for n, p in learner.policy.named_parameters() if "lora_B" in n]
+    for version, std in ((3, 0.5), (4, 0.3), (5, 0.0)):
+        for matrix in matrices:
+            torch.nn.init.normal_(matrix, std=std)
+        pair.engine.load_adapters(unpack(learner.policy.sent_weights()), base, version)
+        after = pair.engine.generate(asked, SETTINGS)
+        assert after.policy_version == version
+        if not std:
+            np.testing.assert_array_equal(after.logprobs_BT, before.logprobs_BT)
+            continue
+        assert after.responses != before.responses
+        pair.engine.load_weights(learner.weights(), version)
+        expected = pair.engine.generate(asked, SETTINGS)
+        assert after.responses == expected.responses
+        np.testing.assert_array_equal(after.logprobs_BT, expected.logprobs_BT)
+    with pytest.raises(ArtifactError, match=r"base weights \(checksum .*\) are not the learner's"):
+        pair.engine.load_adapters({}, base + 1, 6)
+    assert pair.engine.policy_version == 5
 
 
 def test_another_folder_replaces_the_model(pair: Pair, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl import PPOLearner
+from morlaif_ray.rl.adapter_transfer import unpack
+from morlaif_ray.rl.generation import TransformersEngine
 from morlaif_ray.rl.ranks import join_ranks, leave_ranks
 from tests.unit.rl.conftest import make_batch
 
@@ -23,6 +25,18 @@ SEED = 5
 
 def rewards_of(step: int, num: int) -> np.ndarray:
     return np.random.default_rng(40 + step).normal(1.0, 2.0, num)
+
+
+def assert_adapters_suffice(
+    learner: PPOLearner, model: str, weights: dict[str, np.ndarray]
+) -> None:
+    """A worker with a base of its own gets the learner's bits from gathered adapters."""
+    dtype = str(learner.policy.model.dtype).removeprefix("torch.")
+    engine = TransformersEngine.from_path(model, dtype=dtype)
+    adapters = unpack(learner.policy.sent_weights())
+    engine.load_adapters(adapters, learner.policy.base_checksum, learner.step)
+    for name, parameter in engine.model.named_parameters():
+        np.testing.assert_array_equal(parameter.detach().float(), weights[name], err_msg=name)
 
 
 def main(job_file: str, rank: int) -> None:
@@ -46,6 +60,9 @@ def main(job_file: str, rank: int) -> None:
     learner.save_checkpoint(Path(job["checkpoint"]))
     out = Path(job["out"])
     learner.save(out / "model")
-    np.savez(out / f"weights_{rank}.npz", **learner.weights())
+    weights = learner.weights()
+    if config.lora is not None:
+        assert_adapters_suffice(learner, job["model"], weights)
+    np.savez(out / f"weights_{rank}.npz", **weights)
     (out / f"metrics_{rank}.json").write_text(json.dumps(metrics))
     leave_ranks()
