@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.placement import LEARNER_CPUS
+from actors.placement import learner_cpus
 from actors.spawning import spawn
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import MorlaifError
@@ -132,10 +132,17 @@ class PPOLearnerActor:
         """The same weights in pieces of at most `max_bytes`, each with its checksum; for `num_returns="streaming"`."""
         yield from in_buckets(self.weights(), self._learner.step, max_bytes)
 
-    def save_checkpoint(self) -> int:
-        """Publishes the whole training state; returns the number of steps it holds."""
+    def loop_state(self) -> dict[str, Any]:
+        """What the loop had given to `save_checkpoint` for the step at which this learner began; {} at the start."""
+        return self._learner.loop_state
+
+    def save_checkpoint(self, loop_state: Mapping[str, Any] | None = None) -> int:
+        """Publishes the whole training state, the loop's own beside it; returns the number of steps it holds."""
+        folder = self._settings.checkpoint_dir
         self._together(
-            "save_checkpoint", lambda: self._learner.save_checkpoint(self._settings.checkpoint_dir)
+            "save_checkpoint",
+            lambda: self._learner.save_checkpoint(folder, loop_state),
+            loop_state,
         )
         return self._learner.step
 
@@ -253,7 +260,7 @@ def _spawn(settings: LearnerSettings, rank: int, address: str) -> Any:
         settings,
         rank,
         address,
-        num_cpus=LEARNER_CPUS,
+        num_cpus=learner_cpus(config),
         num_gpus=config.learner_gpus_per_rank,
     )
 

@@ -42,13 +42,15 @@ class _NotStartedError(Exception):
     """The learner did not come up; the message is the cause."""
 
 
-def _started(learner: Any, timeout_s: float) -> tuple[int, list[str]]:
-    """Waits for a learner; its step count and notes. _NotStartedError where it does not come up."""
+def _started(learner: Any, timeout_s: float) -> tuple[int, list[str], dict[str, Any]]:
+    """Waits for a learner; its step count, notes and what the loop had saved with that step. _NotStartedError where
+    it does not come up."""
     import ray
 
     try:
         step = ray.get(learner.ping.remote(), timeout=timeout_s)
-        return step, ray.get(learner.notes.remote(), timeout=timeout_s)
+        notes = ray.get(learner.notes.remote(), timeout=timeout_s)
+        return step, notes, ray.get(learner.loop_state.remote(), timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
         raise _NotStartedError(
             f"did not start in {timeout_s:.0f} s; the cluster may lack free CPUs or GPUs ('morlaif plan'), or raise "
@@ -207,7 +209,8 @@ class Arm:
 
     def checkpoint(self) -> None:
         self.ahead.save(self.step)
-        self._ask("save_checkpoint")
+        # The scores of a batch in flight are counted, and a resumed run reads that batch from disk.
+        self._ask("save_checkpoint", {"scores": self.scorer.state()})
 
     def finish(self) -> None:
         """Saves the policy and the tables, and ends the arm's own actors."""
@@ -272,11 +275,13 @@ class Arm:
         return SamplingSettings(policy.max_new_tokens, policy.temperature, tuple(policy.stop))
 
     def _adopt_learner(self) -> None:
-        """Waits for the learner, takes its step count, and brings the log to the same step."""
-        self.step, notes = _started(self._learner, self.context.config.cluster.start_timeout_s)
+        """Waits for the learner, takes its step count, and brings log and counters to the same step."""
+        timeout_s = self.context.config.cluster.start_timeout_s
+        self.step, notes, state = _started(self._learner, timeout_s)
         for note in notes:
             self.context.reporter.line(f"  arm {self.config.name}: {note}")
         self._record.go_back(self.step)
+        self.scorer.restore(state.get("scores", {}))
 
     def _restore_learner(self, cause: str) -> None:
         """A fresh learner at the last checkpoint, and its weights in the rollout workers; within the budget."""

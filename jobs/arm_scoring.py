@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,14 @@ class ArmScorer:
             principles,
             self._all_principles.normaliser.apply(principles),
         )
+
+    def state(self) -> dict[str, int]:
+        """Scores so far and how many of them were missing: what `max_missing_share` is held against."""
+        return {"num_missing": self._missing, "num_scores": self._scores}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Back to what `state` gave at a checkpoint; {}: to the start."""
+        self._missing, self._scores = state.get("num_missing", 0), state.get("num_scores", 0)
 
     def submit(self, texts: Sequence[str]) -> PendingScores:
         """The arm's columns of dialogues, under way; NaN where one is missing and the config allows that."""
