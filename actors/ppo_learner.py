@@ -14,21 +14,26 @@ import dataclasses
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.placement import learner_cpus
 from actors.spawning import spawn
+from actors.supervision import one_line
 from morlaif_ray.config.learning import PolicyConfig
-from morlaif_ray.errors import MorlaifError
+from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.rl.learner import PPOLearner
 from morlaif_ray.rl.ranks import Ranks, join_ranks, leave_ranks
 from morlaif_ray.rl.weight_transfer import WeightBucket, in_buckets
 from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch
 
+WATCH_S = 0.2
+"""How often rank 0, while it waits for the group to form, looks whether the others still live."""
 CAUSE_TIMEOUT_S = 5.0
 """How long a failing rank 0 waits for the other ranks' own causes."""
 
@@ -59,17 +64,25 @@ class PPOLearnerActor:
         self._settings = settings
         self._others = OtherRanks()
         size = settings.config.learner_ranks
-        if size > 1 and rank == 0:
+        self._learner: PPOLearner
+        if size == 1:
+            self._learner = self._make(Ranks())
+            return
+        if rank == 0:
             address = free_address()
             self._others = OtherRanks.start(settings, address)
-        self._learner: PPOLearner = self._together("start", lambda: self._make(rank, address))
+        timeout_s = settings.config.call_timeout_s
+        self._others.begin(
+            lambda: join_ranks(rank, size, address, settings.device, timeout_s),
+            self._adopt,
+            timeout_s,
+        )
 
-    def _make(self, rank: int, address: str) -> PPOLearner:
-        settings, size = self._settings, self._settings.config.learner_ranks
-        ranks = Ranks()
-        if size > 1:
-            timeout_s = settings.config.call_timeout_s
-            ranks = join_ranks(rank, size, address, settings.device, timeout_s)
+    def _adopt(self, ranks: Ranks) -> None:
+        self._learner = self._make(ranks)
+
+    def _make(self, ranks: Ranks) -> PPOLearner:
+        settings = self._settings
         learner = PPOLearner(
             settings.model_path,
             settings.config,
@@ -180,15 +193,68 @@ class OtherRanks:
         )
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Asks all of them; arguments go to the object store once. `start` asks whether they are up."""
+        """Asks all of them; arguments go to the object store once."""
         if not self._handles:
             return []
         import ray
 
-        if method == "start":
-            return [handle.ping.remote() for handle in self._handles]
         stored = [ray.put(argument) for argument in arguments]
         return [getattr(handle, method).remote(*stored) for handle in self._handles]
+
+    def begin(
+        self, join: Callable[[], Ranks], make: Callable[[Ranks], None], timeout_s: float
+    ) -> None:
+        """Joins the group, then makes this rank. ActorLostError as soon as another rank is seen to be lost.
+
+        A rank that is lost before it joined leaves the others waiting for it inside `join`, up to the call time-out:
+        so rank 0 joins in a thread and looks after the others meanwhile.
+        """
+        starting = [handle.ping.remote() for handle in self._handles]
+        try:
+            make(self._join(join, starting))
+        except MorlaifError:
+            raise  # the same on every rank, or a rank that is lost
+        except Exception as error:
+            leave_ranks()
+            causes = self._causes(starting)
+            if not causes:
+                raise
+            raise ActorLostError(_lost([f"rank 0: {_first_line(error)}", *causes])) from None
+        if not self._all_up(starting, timeout_s):
+            raise ActorLostError(_lost([f"one is not up after {timeout_s:.0f} s"]))
+
+    def _join(self, join: Callable[[], Ranks], starting: Sequence[Any]) -> Ranks:
+        if not starting:
+            return join()
+        joined: Future[Ranks] = Future()
+
+        def work() -> None:
+            try:
+                joined.set_result(join())
+            except BaseException as error:  # noqa: BLE001 - raised where the result is taken
+                joined.set_exception(error)
+
+        # A daemon: where a rank is lost nothing ends this wait, and nothing should wait for it.
+        threading.Thread(target=work, name="join ranks", daemon=True).start()
+        while not joined.done():
+            self._all_up(starting, WATCH_S)
+        return joined.result()
+
+    def _all_up(self, starting: Sequence[Any], timeout_s: float) -> bool:
+        """Whether all ranks are up, after at most so long; ActorLostError where one never will be."""
+        if not starting:
+            return True
+        import ray
+
+        ready, _ = ray.wait(list(starting), num_returns=len(starting), timeout=timeout_s)
+        for rank, reference in enumerate(starting, start=1):
+            if reference not in ready:
+                continue
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayError as error:
+                raise ActorLostError(_lost([f"rank {rank}: {one_line(error)}"])) from None
+        return len(ready) == len(starting)
 
     def pids(self, timeout_s: float) -> list[int]:
         import ray
@@ -212,7 +278,7 @@ class OtherRanks:
         if not self._handles:
             return
         causes = [f"rank 0: {_first_line(error)}", *self._causes(pending)]
-        print(f"PPO learner: a rank was lost ({'; '.join(causes)})", file=sys.stderr, flush=True)
+        print(_lost(causes), file=sys.stderr, flush=True)
         os._exit(1)
 
     def _causes(self, pending: Sequence[Any]) -> list[str]:
@@ -246,6 +312,10 @@ def free_address() -> str:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"{host}:{probe.getsockname()[1]}"
+
+
+def _lost(causes: Sequence[str]) -> str:
+    return f"PPO learner: a rank was lost ({'; '.join(causes)})"
 
 
 def _first_line(error: BaseException) -> str:
