@@ -13,29 +13,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.learner_ranks import OtherRanks
 from actors.placement import learner_cpus
 from actors.spawning import spawn
-from actors.supervision import one_line
+from actors.stored_rollouts import StoredRollouts, whole
 from morlaif_ray.config.learning import PolicyConfig
-from morlaif_ray.errors import ActorLostError, MorlaifError
+from morlaif_ray.errors import MorlaifError
+from morlaif_ray.rl.in_flight import write_rollouts
 from morlaif_ray.rl.learner import PPOLearner
 from morlaif_ray.rl.ranks import Ranks, join_ranks, leave_ranks
 from morlaif_ray.rl.weight_transfer import WeightBucket, in_buckets
 from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch
-
-WATCH_S = 0.2
-"""How often rank 0, while it waits for the group to form, looks whether the others still live."""
-CAUSE_TIMEOUT_S = 5.0
-"""How long a failing rank 0 waits for the other ranks' own causes."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +55,51 @@ class PPOLearnerActor:
         """`address`: host:port of rank 0's rendezvous where there are several ranks."""
         set_threads(settings.config.learner_threads)
         self._settings = settings
+        self._rank = rank
+        self._address = address
         self._others = OtherRanks()
-        size = settings.config.learner_ranks
-        self._learner: PPOLearner
+        self._made: PPOLearner | None = None
+        self._failure: Exception | None = None
+
+    def begin(self) -> None:
+        """Forms the group and loads this rank's part. What fails is raised by whatever is asked of rank 0 next.
+
+        Not in the constructor: of a process that is killed there Ray tells its callers nothing, of one that is killed
+        in a method at once.
+        """
+        try:
+            self._begin()
+        except Exception as error:
+            self._failure = error
+            if self._rank:
+                raise  # rank 0 waits for this call
+
+    def _begin(self) -> None:
+        settings, size = self._settings, self._settings.config.learner_ranks
         if size == 1:
-            self._learner = self._make(Ranks())
+            self._made = self._make(Ranks())
             return
-        if rank == 0:
-            address = free_address()
-            self._others = OtherRanks.start(settings, address)
+        if self._rank == 0:
+            self._address = free_address()
+            self._others = OtherRanks(
+                [_spawn(settings, rank, self._address) for rank in range(1, size)]
+            )
         timeout_s = settings.config.call_timeout_s
         self._others.begin(
-            lambda: join_ranks(rank, size, address, settings.device, timeout_s),
+            lambda: join_ranks(self._rank, size, self._address, settings.device, timeout_s),
             self._adopt,
             timeout_s,
         )
 
     def _adopt(self, ranks: Ranks) -> None:
-        self._learner = self._make(ranks)
+        self._made = self._make(ranks)
+
+    @property
+    def _learner(self) -> PPOLearner:
+        if self._failure is not None:
+            raise self._failure
+        assert self._made is not None, "begin comes first"
+        return self._made
 
     def _make(self, ranks: Ranks) -> PPOLearner:
         settings = self._settings
@@ -111,15 +131,29 @@ class PPOLearnerActor:
 
     def update(
         self,
-        batch: RolloutBatch,
+        batch: RolloutBatch | StoredRollouts,
         reward_B: FloatArray,
         scores: Mapping[str, FloatArray] | None = None,
     ) -> dict[str, float]:
-        """One PPO step; the fields of `UpdateMetrics`. `scores` are written beside samples that cannot be learned."""
+        """One PPO step; the fields of `UpdateMetrics`. `scores` are written beside samples that cannot be learned.
+
+        Of a stored batch every rank fetches the arrays itself.
+        """
+        timeout_s = self._settings.config.call_timeout_s
         metrics = self._together(
-            "update", lambda: self._learner.update(batch, reward_B, scores), batch, reward_B, scores
+            "update",
+            lambda: self._learner.update(whole(batch, timeout_s), reward_B, scores),
+            batch,
+            reward_B,
+            scores,
         )
         return dataclasses.asdict(metrics)
+
+    def write_rollouts(
+        self, path: Path, batch: RolloutBatch | StoredRollouts, scores: Mapping[str, FloatArray]
+    ) -> None:
+        """Writes a batch in flight beside the checkpoint, so that its arrays need not pass the driver for that."""
+        write_rollouts(path, whole(batch, self._settings.config.call_timeout_s), scores)
 
     def logprobs(self, batch: RolloutBatch) -> Float32Array:
         """Log-probabilities [B, T] of the batch's response tokens under the current policy; 0 beyond the length."""
@@ -180,120 +214,6 @@ class PPOLearnerActor:
         return result
 
 
-class OtherRanks:
-    """Rank 0's view of ranks 1..N-1; empty on those, and where there is one rank."""
-
-    def __init__(self, handles: Sequence[Any] = ()) -> None:
-        self._handles = list(handles)
-
-    @classmethod
-    def start(cls, settings: LearnerSettings, address: str) -> OtherRanks:
-        return cls(
-            [_spawn(settings, rank, address) for rank in range(1, settings.config.learner_ranks)]
-        )
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Asks all of them; arguments go to the object store once."""
-        if not self._handles:
-            return []
-        import ray
-
-        stored = [ray.put(argument) for argument in arguments]
-        return [getattr(handle, method).remote(*stored) for handle in self._handles]
-
-    def begin(
-        self, join: Callable[[], Ranks], make: Callable[[Ranks], None], timeout_s: float
-    ) -> None:
-        """Joins the group, then makes this rank. ActorLostError as soon as another rank is seen to be lost.
-
-        A rank that is lost before it joined leaves the others waiting for it inside `join`, up to the call time-out:
-        so rank 0 joins in a thread and looks after the others meanwhile.
-        """
-        starting = [handle.ping.remote() for handle in self._handles]
-        try:
-            make(self._join(join, starting))
-        except MorlaifError:
-            raise  # the same on every rank, or a rank that is lost
-        except Exception as error:
-            leave_ranks()
-            causes = self._causes(starting)
-            if not causes:
-                raise
-            raise ActorLostError(_lost([f"rank 0: {_first_line(error)}", *causes])) from None
-        if not self._all_up(starting, timeout_s):
-            raise ActorLostError(_lost([f"one is not up after {timeout_s:.0f} s"]))
-
-    def _join(self, join: Callable[[], Ranks], starting: Sequence[Any]) -> Ranks:
-        if not starting:
-            return join()
-        joined: Future[Ranks] = Future()
-
-        def work() -> None:
-            try:
-                joined.set_result(join())
-            except BaseException as error:  # noqa: BLE001 - raised where the result is taken
-                joined.set_exception(error)
-
-        # A daemon: where a rank is lost nothing ends this wait, and nothing should wait for it.
-        threading.Thread(target=work, name="join ranks", daemon=True).start()
-        while not joined.done():
-            self._all_up(starting, WATCH_S)
-        return joined.result()
-
-    def _all_up(self, starting: Sequence[Any], timeout_s: float) -> bool:
-        """Whether all ranks are up, after at most so long; ActorLostError where one never will be."""
-        if not starting:
-            return True
-        import ray
-
-        ready, _ = ray.wait(list(starting), num_returns=len(starting), timeout=timeout_s)
-        for rank, reference in enumerate(starting, start=1):
-            if reference not in ready:
-                continue
-            try:
-                ray.get(reference)
-            except ray.exceptions.RayError as error:
-                raise ActorLostError(_lost([f"rank {rank}: {one_line(error)}"])) from None
-        return len(ready) == len(starting)
-
-    def pids(self, timeout_s: float) -> list[int]:
-        import ray
-
-        answers = ray.get([h.pids.remote() for h in self._handles], timeout=timeout_s)
-        return [pid for answer in answers for pid in answer]
-
-    def finish(self, pending: Sequence[Any], timeout_s: float) -> None:
-        """Waits for their part. This rank is done, so theirs is a matter of moments; a lost one ends the group."""
-        if not pending:
-            return
-        import ray
-
-        try:
-            ray.get(list(pending), timeout=timeout_s)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            self.end(pending, error)
-
-    def end(self, pending: Sequence[Any], error: Exception) -> None:
-        """Ends rank 0 with the cause in its log. Ranks without others (1..N-1) go on to raise the error instead."""
-        if not self._handles:
-            return
-        causes = [f"rank 0: {_first_line(error)}", *self._causes(pending)]
-        print(_lost(causes), file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def _causes(self, pending: Sequence[Any]) -> list[str]:
-        import ray
-
-        causes = []
-        deadline = time.monotonic() + CAUSE_TIMEOUT_S
-        for rank, reference in enumerate(pending, start=1):
-            try:
-                ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                causes.append(f"rank {rank}: {_first_line(error)}")
-        return causes
-
-
 def set_threads(num_threads: int) -> None:
     """torch's threads on CPU; a GPU's process keeps what torch chose."""
     import torch
@@ -312,15 +232,6 @@ def free_address() -> str:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"{host}:{probe.getsockname()[1]}"
-
-
-def _lost(causes: Sequence[str]) -> str:
-    return f"PPO learner: a rank was lost ({'; '.join(causes)})"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _spawn(settings: LearnerSettings, rank: int, address: str) -> Any:
@@ -346,4 +257,6 @@ def spawn_ppo_learner(
 ) -> Any:
     """An actor handle of a learner with the configured ranks and GPUs: rank 0 of a `PPOLearnerActor` group."""
     settings = LearnerSettings(model_path, config, seed, dtype, checkpoint_dir, num_steps)
-    return _spawn(settings, 0, "")
+    handle = _spawn(settings, 0, "")
+    handle.begin.remote()  # calls are answered in order: whatever is asked next finds it done
+    return handle

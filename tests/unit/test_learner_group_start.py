@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.ppo_learner import OtherRanks
+from actors.learner_ranks import OtherRanks
 from morlaif_ray.errors import ActorLostError, ArtifactError
 from morlaif_ray.rl.ranks import Ranks
 
@@ -17,17 +17,18 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.unit
 UP, PENDING = "up", "pending"
 KILLED = ray.exceptions.ActorDiedError()
-DAMAGED = ray.exceptions.ActorDiedError(
-    "The actor died because of an error raised in its creation task, ray::Rank.__init__()\n"
-    "  File x\nmorlaif_ray.errors.ArtifactError: model: damaged; make it again"
+DAMAGED = ray.exceptions.RayTaskError(
+    "begin",
+    "Traceback:\n  File x\nmorlaif_ray.errors.ArtifactError: model: damaged; make it again",
+    ArtifactError("model: damaged; make it again"),
 )
 
 
 class Rank:
-    """A rank whose ping answers in time, never, or with the error that ended it."""
+    """A rank that begins in time, never, or with the error that ended it."""
 
     def __init__(self, answer: Any) -> None:
-        self.ping = SimpleNamespace(remote=lambda: answer)
+        self.begin = SimpleNamespace(remote=lambda: answer)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr("actors.ppo_learner.CAUSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("actors.learner_ranks.CAUSE_TIMEOUT_S", 0.1)
 
 
 def others(*answers: Any) -> OtherRanks:
