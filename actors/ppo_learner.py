@@ -64,8 +64,7 @@ class PPOLearnerActor:
     def begin(self) -> None:
         """Forms the group and loads this rank's part. What fails is raised by whatever is asked of rank 0 next.
 
-        Not in the constructor: of a process that is killed there Ray tells its callers nothing, of one that is killed
-        in a method at once.
+        Not in the constructor: while rank 0 is in its own, Ray 2.60 does not tell it of a rank that was killed in its.
         """
         try:
             self._begin()
