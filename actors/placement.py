@@ -23,11 +23,13 @@ from actors.memory import (
     training_gb,
 )
 from morlaif_ray.config import Config
+from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.principles import load_principles
 
 ROLLOUT_CPUS = 0.4
 LEARNER_CPUS = 0.4
-"""Generation and learning of an arm take turns: two arms and the panel fit on two cores (4 x 0.4 + 0.3)."""
+"""Of each torch thread of a learner. Generation and learning of an arm take turns, so that two arms and the panel fit
+on two cores (4 x 0.4 + 0.3)."""
 PANEL_CPUS = 0.3
 SFT_CPUS = 1.0
 OFFLINE_SWEEP_CPUS = 1.0
@@ -47,6 +49,12 @@ def plan_bundles(config: Config) -> Plan:
         *_evaluation(config),
     ]
     return Plan(tuple(bundles))
+
+
+def learner_cpus(policy: PolicyConfig) -> float:
+    """CPUs that a learner rank reserves: a share of each thread that it computes with; on a GPU one thread feeds it."""
+    threads = 1 if policy.learner_gpus_per_rank > 0 else policy.learner_threads
+    return round(LEARNER_CPUS * threads, 4)  # Ray counts in steps of 1/10,000
 
 
 def training_gpus(config: Config) -> float:
@@ -229,13 +237,15 @@ def _arms(config: Config, phase: str, num_concurrent: int) -> list[Bundle]:
     if shape is not None:
         memory = learner_gb(shape, policy, config.model.max_length)
     reduce = "policy.concurrent_arms"
+    if policy.learner_threads > 1:
+        reduce += " or policy.learner_threads"
     if gpus:
         reduce = "policy.microbatch_size or policy.learner_ranks (with policy.fsdp)"
     learner = Bundle(
         phase,
         "PPO learner",
         num_concurrent * policy.learner_ranks,
-        LEARNER_CPUS,
+        learner_cpus(policy),
         gpus,
         memory,
         reduce,

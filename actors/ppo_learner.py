@@ -13,24 +13,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.placement import LEARNER_CPUS
+from actors.learner_ranks import OtherRanks
+from actors.placement import learner_cpus
 from actors.spawning import spawn
+from actors.stored_rollouts import StoredRollouts, whole
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import MorlaifError
+from morlaif_ray.rl.in_flight import write_rollouts
 from morlaif_ray.rl.learner import PPOLearner
 from morlaif_ray.rl.ranks import Ranks, join_ranks, leave_ranks
 from morlaif_ray.rl.weight_transfer import WeightBucket, in_buckets
 from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch
-
-CAUSE_TIMEOUT_S = 5.0
-"""How long a failing rank 0 waits for the other ranks' own causes."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +55,53 @@ class PPOLearnerActor:
         """`address`: host:port of rank 0's rendezvous where there are several ranks."""
         set_threads(settings.config.learner_threads)
         self._settings = settings
+        self._rank = rank
+        self._address = address
         self._others = OtherRanks()
-        size = settings.config.learner_ranks
-        if size > 1 and rank == 0:
-            address = free_address()
-            self._others = OtherRanks.start(settings, address)
-        self._learner: PPOLearner = self._together("start", lambda: self._make(rank, address))
+        self._made: PPOLearner | None = None
+        self._failure: Exception | None = None
 
-    def _make(self, rank: int, address: str) -> PPOLearner:
+    def begin(self) -> None:
+        """Forms the group and loads this rank's part. What fails is raised by whatever is asked of rank 0 next.
+
+        Not in the constructor: while rank 0 is in its own, Ray 2.60 does not tell it of a rank that was killed in its.
+        """
+        try:
+            self._begin()
+        except Exception as error:
+            self._failure = error
+            if self._rank:
+                raise  # rank 0 waits for this call
+
+    def _begin(self) -> None:
         settings, size = self._settings, self._settings.config.learner_ranks
-        ranks = Ranks()
-        if size > 1:
-            timeout_s = settings.config.call_timeout_s
-            ranks = join_ranks(rank, size, address, settings.device, timeout_s)
+        if size == 1:
+            self._made = self._make(Ranks())
+            return
+        if self._rank == 0:
+            self._address = free_address()
+            self._others = OtherRanks(
+                [_spawn(settings, rank, self._address) for rank in range(1, size)]
+            )
+        timeout_s = settings.config.call_timeout_s
+        self._others.begin(
+            lambda: join_ranks(self._rank, size, self._address, settings.device, timeout_s),
+            self._adopt,
+            timeout_s,
+        )
+
+    def _adopt(self, ranks: Ranks) -> None:
+        self._made = self._make(ranks)
+
+    @property
+    def _learner(self) -> PPOLearner:
+        if self._failure is not None:
+            raise self._failure
+        assert self._made is not None, "begin comes first"
+        return self._made
+
+    def _make(self, ranks: Ranks) -> PPOLearner:
+        settings = self._settings
         learner = PPOLearner(
             settings.model_path,
             settings.config,
@@ -98,15 +130,29 @@ class PPOLearnerActor:
 
     def update(
         self,
-        batch: RolloutBatch,
+        batch: RolloutBatch | StoredRollouts,
         reward_B: FloatArray,
         scores: Mapping[str, FloatArray] | None = None,
     ) -> dict[str, float]:
-        """One PPO step; the fields of `UpdateMetrics`. `scores` are written beside samples that cannot be learned."""
+        """One PPO step; the fields of `UpdateMetrics`. `scores` are written beside samples that cannot be learned.
+
+        Of a stored batch every rank fetches the arrays itself.
+        """
+        timeout_s = self._settings.config.call_timeout_s
         metrics = self._together(
-            "update", lambda: self._learner.update(batch, reward_B, scores), batch, reward_B, scores
+            "update",
+            lambda: self._learner.update(whole(batch, timeout_s), reward_B, scores),
+            batch,
+            reward_B,
+            scores,
         )
         return dataclasses.asdict(metrics)
+
+    def write_rollouts(
+        self, path: Path, batch: RolloutBatch | StoredRollouts, scores: Mapping[str, FloatArray]
+    ) -> None:
+        """Writes a batch in flight beside the checkpoint, so that its arrays need not pass the driver for that."""
+        write_rollouts(path, whole(batch, self._settings.config.call_timeout_s), scores)
 
     def logprobs(self, batch: RolloutBatch) -> Float32Array:
         """Log-probabilities [B, T] of the batch's response tokens under the current policy; 0 beyond the length."""
@@ -133,10 +179,17 @@ class PPOLearnerActor:
         step, base = self._learner.step, self._learner.policy.base_checksum
         yield from in_buckets(self.weights(), step, max_bytes, base)
 
-    def save_checkpoint(self) -> int:
-        """Publishes the whole training state; returns the number of steps it holds."""
+    def loop_state(self) -> dict[str, Any]:
+        """What the loop had given to `save_checkpoint` for the step at which this learner began; {} at the start."""
+        return self._learner.loop_state
+
+    def save_checkpoint(self, loop_state: Mapping[str, Any] | None = None) -> int:
+        """Publishes the whole training state, the loop's own beside it; returns the number of steps it holds."""
+        folder = self._settings.checkpoint_dir
         self._together(
-            "save_checkpoint", lambda: self._learner.save_checkpoint(self._settings.checkpoint_dir)
+            "save_checkpoint",
+            lambda: self._learner.save_checkpoint(folder, loop_state),
+            loop_state,
         )
         return self._learner.step
 
@@ -161,67 +214,6 @@ class PPOLearnerActor:
         return result
 
 
-class OtherRanks:
-    """Rank 0's view of ranks 1..N-1; empty on those, and where there is one rank."""
-
-    def __init__(self, handles: Sequence[Any] = ()) -> None:
-        self._handles = list(handles)
-
-    @classmethod
-    def start(cls, settings: LearnerSettings, address: str) -> OtherRanks:
-        return cls(
-            [_spawn(settings, rank, address) for rank in range(1, settings.config.learner_ranks)]
-        )
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Asks all of them; arguments go to the object store once. `start` asks whether they are up."""
-        if not self._handles:
-            return []
-        import ray
-
-        if method == "start":
-            return [handle.ping.remote() for handle in self._handles]
-        stored = [ray.put(argument) for argument in arguments]
-        return [getattr(handle, method).remote(*stored) for handle in self._handles]
-
-    def pids(self, timeout_s: float) -> list[int]:
-        import ray
-
-        answers = ray.get([h.pids.remote() for h in self._handles], timeout=timeout_s)
-        return [pid for answer in answers for pid in answer]
-
-    def finish(self, pending: Sequence[Any], timeout_s: float) -> None:
-        """Waits for their part. This rank is done, so theirs is a matter of moments; a lost one ends the group."""
-        if not pending:
-            return
-        import ray
-
-        try:
-            ray.get(list(pending), timeout=timeout_s)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            self.end(pending, error)
-
-    def end(self, pending: Sequence[Any], error: Exception) -> None:
-        """Ends rank 0 with the cause in its log. Ranks without others (1..N-1) go on to raise the error instead."""
-        if not self._handles:
-            return
-        causes = [f"rank 0: {_first_line(error)}", *self._causes(pending)]
-        print(f"PPO learner: a rank was lost ({'; '.join(causes)})", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def _causes(self, pending: Sequence[Any]) -> list[str]:
-        import ray
-
-        causes = []
-        deadline = time.monotonic() + CAUSE_TIMEOUT_S
-        for rank, reference in enumerate(pending, start=1):
-            try:
-                ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                causes.append(f"rank {rank}: {_first_line(error)}")
-        return causes
-
-
 def set_threads(num_threads: int) -> None:
     """torch's threads on CPU; a GPU's process keeps what torch chose."""
     import torch
@@ -242,11 +234,6 @@ def free_address() -> str:
         return f"{host}:{probe.getsockname()[1]}"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def _spawn(settings: LearnerSettings, rank: int, address: str) -> Any:
     config = settings.config
     return spawn(
@@ -254,7 +241,7 @@ def _spawn(settings: LearnerSettings, rank: int, address: str) -> Any:
         settings,
         rank,
         address,
-        num_cpus=LEARNER_CPUS,
+        num_cpus=learner_cpus(config),
         num_gpus=config.learner_gpus_per_rank,
     )
 
@@ -270,4 +257,6 @@ def spawn_ppo_learner(
 ) -> Any:
     """An actor handle of a learner with the configured ranks and GPUs: rank 0 of a `PPOLearnerActor` group."""
     settings = LearnerSettings(model_path, config, seed, dtype, checkpoint_dir, num_steps)
-    return _spawn(settings, 0, "")
+    handle = _spawn(settings, 0, "")
+    handle.begin.remote()  # calls are answered in order: whatever is asked next finds it done
+    return handle

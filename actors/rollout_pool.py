@@ -10,6 +10,7 @@ import numpy as np
 from actors.engines import engine_of
 from actors.placement import ROLLOUT_CPUS
 from actors.rollout_worker import spawn_rollout_worker
+from actors.stored_rollouts import StoredRollouts, Told
 from actors.supervision import Call, SupervisedActor, call_all, map_over, wait_all_ready
 from morlaif_ray.config import Config
 from morlaif_ray.rl.generation import SamplingSettings
@@ -86,6 +87,21 @@ class RolloutPool:
         heard = on_result and (lambda index, batch: on_result(first[index], batch))
         chunks = [[requests[i] for i in part] for part in parts]
         return join_batches(self.map(chunks, settings, heard))
+
+    def generate_stored(
+        self,
+        requests: Sequence[GenerationRequest],
+        settings: SamplingSettings,
+        on_result: Callable[[int, Told], None] | None = None,
+    ) -> StoredRollouts:
+        """The same batch with its arrays in the object store: they never pass this process."""
+        parts = self._parts(len(requests))
+        items = [([requests[i] for i in part], settings) for part in parts]
+        heard = on_result and (lambda index, told: on_result(parts[index][0], told))
+        made = map_over(
+            self._workers, "generate_stored", items, heard, self._in_flight, second_stays=True
+        )
+        return StoredRollouts.join(made)
 
     def _parts(self, num: int) -> list[range]:
         """Rows that travel together. vLLM: the samples of a prompt, which share its keys and values; else

@@ -7,6 +7,7 @@ from typing import Any
 
 from actors.engines import engine_of
 from actors.spawning import spawn
+from actors.stored_rollouts import Arrays, Told, split
 from actors.training import set_single_thread
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl.adapter_transfer import unpack
@@ -48,6 +49,12 @@ class RolloutWorker:
         self, requests: Sequence[GenerationRequest], settings: SamplingSettings
     ) -> RolloutBatch:
         return self.engine.generate(requests, settings)
+
+    def generate_stored(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> tuple[Told, Arrays]:
+        """The same in two results, so that tokens and log-probabilities need not pass the driver."""
+        return split(self.engine.generate(requests, settings))
 
     def load_model(self, model_path: str) -> int:
         """Replaces the whole model, for evaluation of several policies; returns the version held (0)."""

@@ -74,10 +74,15 @@ class SupervisedActor:
                 raise ActorLostError(f"{self.name} did not start: {one_line(error)}") from None
             self._ready = True
 
-    def submit(self, method: str, arguments: Sequence[Any]) -> tuple[Any, Any]:
-        """(object reference, the handle that it was sent to)."""
+    def submit(
+        self, method: str, arguments: Sequence[Any], num_results: int = 1
+    ) -> tuple[Any, Any]:
+        """(object reference, the handle that it was sent to); a list of references where there are several results."""
         handle = self.handle
-        return getattr(handle, method).remote(*arguments), handle
+        call = getattr(handle, method)
+        if num_results > 1:
+            call = call.options(num_returns=num_results)
+        return call.remote(*arguments), handle
 
     def revive(self, lost: Any, cause: str) -> None:
         """Replaces the process behind `lost`, once, whoever notices first; ActorLostError beyond the budget."""
@@ -224,57 +229,92 @@ def map_over(
     items: Sequence[tuple[Any, ...]],
     on_result: Callable[[int, Any], None] | None = None,
     in_flight: int = 2,
+    *,
+    second_stays: bool = False,
 ) -> list[Any]:
     """Spreads items over interchangeable actors, each to the least loaded, at most `in_flight` per actor; results in
-    item order. An actor that answers nothing for its call time-out is replaced, however busy the others are."""
+    item order. An actor that answers nothing for its call time-out is replaced, however busy the others are.
+
+    second_stays: the method has two results, of which the second stays where it is: (first, reference to the second).
+    """
     import ray
 
     results: list[Any] = [None] * len(items)
-    pending: dict[Any, tuple[int, SupervisedActor, Any]] = {}
-    load = {id(actor): 0 for actor in actors}
-    heard = {id(actor): time.monotonic() for actor in actors}
-    queue = list(range(len(items)))[::-1]
-
-    def give_out() -> None:
-        while queue:
-            actor = min(actors, key=lambda a: load[id(a)])
-            if load[id(actor)] >= in_flight:
-                return
-            if not load[id(actor)]:
-                heard[id(actor)] = time.monotonic()
-            index = queue.pop()
-            reference, handle = actor.submit(method, items[index])
-            pending[reference] = (index, actor, handle)
-            load[id(actor)] += 1
-
-    def take_back(reference: Any) -> tuple[int, SupervisedActor, Any]:
-        index, actor, handle = pending.pop(reference)
-        load[id(actor)] -= 1
-        heard[id(actor)] = time.monotonic()
-        return index, actor, handle
-
-    while queue or pending:
-        give_out()
-        deadline = min(heard[id(a)] + a.call_timeout_s for a in actors if load[id(a)])
-        wait_s = max(deadline - time.monotonic(), 0.0)
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=wait_s)
-        if ready:
-            index, actor, handle = take_back(ready[0])
-            done, value = _collect(Call(actor, method, items[index]), ready[0], handle)
-            if not done:
-                queue.append(index)
-                continue
-            results[index] = value
-            if on_result is not None:
-                on_result(index, value)
+    dispatch = _Dispatch(actors, method, items, in_flight, 1 + second_stays)
+    while dispatch.give_out():
+        ready, _ = ray.wait(list(dispatch.pending), num_returns=1, timeout=dispatch.patience_s())
+        if not ready:
+            dispatch.replace_silent()
             continue
-        silent = [
-            a for a in actors if load[id(a)] and heard[id(a)] + a.call_timeout_s <= time.monotonic()
-        ]
-        for actor in silent:
-            lost = [ref for ref, (_, owner, _) in pending.items() if owner is actor]
-            taken = [take_back(reference) for reference in lost]
-            queue.extend(sorted((index for index, _, _ in taken), reverse=True))
-            for handle in {id(handle): handle for _, _, handle in taken}.values():
-                actor.revive(handle, f"no answer to {method} in {actor.call_timeout_s:.0f} s")
+        index, actor, handle, stays = dispatch.take_back(ready[0])
+        done, value = _collect(Call(actor, method, items[index]), ready[0], handle)
+        if not done:
+            dispatch.queue.append(index)
+            continue
+        results[index] = (value, *stays) if stays else value
+        if on_result is not None:
+            on_result(index, value)
     return results
+
+
+class _Dispatch:
+    """Which item is with which actor, and when each actor was last heard of."""
+
+    def __init__(
+        self,
+        actors: Sequence[SupervisedActor],
+        method: str,
+        items: Sequence[tuple[Any, ...]],
+        in_flight: int,
+        num_results: int,
+    ) -> None:
+        self._actors = actors
+        self._method = method
+        self._items = items
+        self._in_flight = in_flight
+        self._num_results = num_results
+        self._load = {id(actor): 0 for actor in actors}
+        self._heard = {id(actor): time.monotonic() for actor in actors}
+        self.queue = list(range(len(items)))[::-1]
+        self.pending: dict[Any, tuple[int, SupervisedActor, Any, list[Any]]] = {}
+        """By the reference to wait for: item, actor, handle, references to further results."""
+
+    def give_out(self) -> bool:
+        """Sends what may be sent; False where nothing is left to wait for."""
+        while self.queue:
+            actor = min(self._actors, key=lambda a: self._load[id(a)])
+            if self._load[id(actor)] >= self._in_flight:
+                break
+            if not self._load[id(actor)]:
+                self._heard[id(actor)] = time.monotonic()
+            index = self.queue.pop()
+            made, handle = actor.submit(self._method, self._items[index], self._num_results)
+            first, *stays = made if self._num_results > 1 else [made]
+            self.pending[first] = (index, actor, handle, stays)
+            self._load[id(actor)] += 1
+        return bool(self.pending)
+
+    def take_back(self, reference: Any) -> tuple[int, SupervisedActor, Any, list[Any]]:
+        taken = self.pending.pop(reference)
+        actor = taken[1]
+        self._load[id(actor)] -= 1
+        self._heard[id(actor)] = time.monotonic()
+        return taken
+
+    def patience_s(self) -> float:
+        """Until the first busy actor counts as silent."""
+        busy = [a for a in self._actors if self._load[id(a)]]
+        deadline = min(self._heard[id(a)] + a.call_timeout_s for a in busy)
+        return max(deadline - time.monotonic(), 0.0)
+
+    def replace_silent(self) -> None:
+        """Takes back what silent actors hold, and starts these again."""
+        now = time.monotonic()
+        busy = [a for a in self._actors if self._load[id(a)]]
+        for actor in [a for a in busy if self._heard[id(a)] + a.call_timeout_s <= now]:
+            lost = [ref for ref, taken in self.pending.items() if taken[1] is actor]
+            taken = [self.take_back(reference) for reference in lost]
+            self.queue.extend(sorted((index for index, *_ in taken), reverse=True))
+            for handle in {id(handle): handle for _, _, handle, _ in taken}.values():
+                cause = f"no answer to {self._method} in {actor.call_timeout_s:.0f} s"
+                actor.revive(handle, cause)

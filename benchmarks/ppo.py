@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -51,6 +52,7 @@ KEYS = (
     "rollout_ratio_vllm_vs_generate",
     "weight_refresh_share",
     "learner_idle_share",
+    "learner_idle_share_simulated",
     "driver_memory_growth_mb",
     "plan_memory_error",
     "matmul_peak_fraction",
@@ -305,28 +307,38 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def overlap(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Share of wall time in which the learner works on nothing, one-step-off, two rollout workers.
+    """Share of wall time in which the learner does not update, one-step-off, two rollout workers; and of the loop
+    alone, with actors that sleep.
 
     Small models and short responses with 4 epochs: the learner, not the rollouts, is the bottleneck.
     """
-    if "staleness" not in PolicyConfig.model_fields:
-        raise CannotRun("policy has no one-step-off mode (policy.staleness) in this version")
-    folder.mkdir(parents=True)
+    from benchmarks.ppo_overlap import simulated_idle_share
+
     policy = {"staleness": 1, "importance_cap": 2.0, "num_rollout_workers": 2, "max_new_tokens": 24}
-    workload = make_workload(folder, QUICK, topology="shared_trunk", policy=policy)
-    ours = OurSide(workload)
+    (folder / "real").mkdir(parents=True)
+    workload = make_workload(folder / "real", QUICK, topology="shared_trunk", policy=policy)
+    ours, idle = OurSide(workload), []
     try:
         for index in range(2 + 4 * options.steps):
             ours.step(warm_up=index < 2)
+            idle += [ours.arm.gauges["learner_idle_share"]] * (index >= 2)
     finally:
         ours.close()
     side = ours.measured
-    busy = side.phase("update") + side.phase("refresh")
     print(
-        f"step {side.median_seconds:.2f} s: learner {busy:.2f} s (weights handed out included), beside it "
-        f"generation {side.phase('generate'):.2f} s and scores {side.phase('score'):.2f} s"
+        f"step {side.median_seconds:.2f} s: update {side.phase('update'):.2f} s, beside it new weights "
+        f"{side.phase('refresh'):.2f} s, generation {side.phase('generate'):.2f} s and scores "
+        f"{side.phase('score'):.2f} s; idle {statistics.median(idle):.1%}"
     )
-    return {"learner_idle_share": round(max(0.0, 1.0 - busy / side.median_seconds), 3)}
+    (folder / "simulated").mkdir()
+    short = {**policy, "parity_every": 0, "batch_size": 512, "max_new_tokens": 128}
+    small = make_workload(folder / "simulated", TINY, topology="shared_trunk", policy=short)
+    simulated = simulated_idle_share(small, 12)
+    print(f"actors that sleep, 512 responses of 128 tokens: idle {simulated:.1%}")
+    return {
+        "learner_idle_share": round(statistics.median(idle), 3),
+        "learner_idle_share_simulated": round(simulated, 3),
+    }
 
 
 def driver_memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

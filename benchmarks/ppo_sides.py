@@ -111,19 +111,20 @@ class OurSide:
         # One step off, phases lie beside one another and there is no rest to speak of.
         phases["rest"] = max(0.0, seconds - sum(phases.values()))
         log = self.arm.work / "metrics.jsonl"
-        row = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        row = json.loads(last_line(log))
         tokens = row["response_length_mean"] * self.arm.context.config.policy.batch_size
         if not warm_up:
             self.measured.add({"seconds": seconds, "phases": phases, "response_tokens": tokens})
 
     def learner_peak_gb(self) -> float:
-        """Highest resident memory of a learner's process so far (Linux: VmHWM)."""
+        """Highest resident memory of a learner's process so far, without the object store's pages that it touched:
+        `plan` counts these once, as `cluster.object_store_mb` (Linux: VmHWM - RssShmem, which only grows)."""
         peaks = []
         for process in psutil.Process().children(recursive=True):
             if " ".join(process.cmdline()).startswith(LEARNER_PROCESS):
                 status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-                peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-                peaks.append(int(peak.split()[1]) * 1024 / 2**30)
+                kb = {key: rest.split()[0] for key, _, rest in _fields(status)}
+                peaks.append((int(kb["VmHWM"]) - int(kb["RssShmem"])) * 1024 / 2**30)
         return max(peaks)
 
     def close(self) -> None:
@@ -134,6 +135,18 @@ class OurSide:
         self._thread.join(timeout=120.0)
         self._panel.close()
         disconnect()
+
+
+def _fields(status: str) -> list[tuple[str, str, str]]:
+    """`Name: value` lines of /proc/<pid>/status that have a value."""
+    return [line.partition(":") for line in status.splitlines() if line.partition(":")[2].strip()]
+
+
+def last_line(path: Path, longest: int = 65_536) -> bytes:
+    """Of a file that grows with every step, whose whole text would show up in the memory that is measured here."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - longest))
+        return stream.read().splitlines()[-1]
 
 
 class _Gate:

@@ -171,6 +171,7 @@ def _write_panel(folder: Path, topology: str, dtype: str) -> None:
 
 
 def _config(folder: Path, dtype: str, topology: str, policy: dict[str, Any]) -> Config:
+    max_new_tokens = policy.get("max_new_tokens", SETTINGS["max_new_tokens"])
     document = {
         "name": "ppo-benchmark",
         # Never read: the stages before PPO stand there already.
@@ -179,10 +180,11 @@ def _config(folder: Path, dtype: str, topology: str, policy: dict[str, Any]) -> 
             "kind": "pretrained",
             "path": str(folder / "0_sft" / "model"),
             "dtype": dtype,
-            "max_length": 256,
+            # The longest row that there is, which `plan` goes by; the model has more positions.
+            "max_length": LONGEST_PROMPT + TURN_TOKENS + max_new_tokens,
         },
         "sft": {"enabled": False},
-        "pairs": {"kind": "sample", "max_new_tokens": 64},
+        "pairs": {"kind": "sample", "max_new_tokens": max_new_tokens},
         "preference": {"topology": topology, "baselines": [], "last_block_at_end": True},
         "policy": {
             **SETTINGS,

@@ -12,22 +12,22 @@ import numpy as np
 from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool, join_batches
+from actors.stored_rollouts import StoredRollouts
 from actors.supervision import cause_of, lost_errors, one_line
 from jobs.arm_record import ArmRecord
-from jobs.arm_scoring import ArmScorer, PanelStream, ScoredBatch
+from jobs.arm_scoring import ArmScorer, PanelStream, Responses, ScoredBatch
 from jobs.context import JobContext
 from jobs.prompt_schedule import PromptSchedule
-from jobs.rollouts_ahead import Batch, RolloutsAhead
+from jobs.rollouts_ahead import Batch, RolloutsAhead, score_arrays
 from jobs.train_sft import sft_model_path
 from morlaif_ray.artifacts import read_table
 from morlaif_ray.config.learning import ArmConfig
 from morlaif_ray.errors import ActorLostError
 from morlaif_ray.rl.generation import SamplingSettings
 from morlaif_ray.seeding import derive_seed
-from morlaif_ray.types import GenerationRequest, RolloutBatch
+from morlaif_ray.types import RolloutBatch
 
 PARITY_PROMPTS = 4
-NUM_SAMPLES = 6
 
 
 class ArmStopped(Exception):
@@ -42,20 +42,25 @@ class _NotStartedError(Exception):
     """The learner did not come up; the message is the cause."""
 
 
-def _started(learner: Any, timeout_s: float) -> tuple[int, list[str]]:
-    """Waits for a learner; its step count and notes. _NotStartedError where it does not come up."""
+def _started(learner: Any, timeout_s: float) -> tuple[int, list[str], dict[str, Any]]:
+    """Waits for a learner; its step count, notes and what the loop had saved with that step. _NotStartedError where
+    it does not come up."""
     import ray
 
     try:
         step = ray.get(learner.ping.remote(), timeout=timeout_s)
-        return step, ray.get(learner.notes.remote(), timeout=timeout_s)
+        notes = ray.get(learner.notes.remote(), timeout=timeout_s)
+        return step, notes, ray.get(learner.loop_state.remote(), timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
         raise _NotStartedError(
             f"did not start in {timeout_s:.0f} s; the cluster may lack free CPUs or GPUs ('morlaif plan'), or raise "
             f"cluster.start_timeout_s"
         ) from None
     except ray.exceptions.RayTaskError as error:
-        raise cause_of(error) from None
+        cause = cause_of(error)
+        if isinstance(cause, ActorLostError):
+            raise _NotStartedError(f"did not start: {cause.message}") from None
+        raise cause from None
     except lost_errors() as error:
         raise _NotStartedError(f"did not start: {one_line(error)}") from None
 
@@ -79,16 +84,20 @@ class Arm:
         """How the loop ran, beside the seconds; like them no part of the results."""
         self._record = ArmRecord(context, config, work, self.num_steps)
         self._restarts = 0
-        self._started = time.monotonic()
         work.mkdir(parents=True, exist_ok=True)
         self.scorer = ArmScorer(context, config, panel)
         self._stream: PanelStream | None = None
+        self._unloaded: tuple[list[Any], int, float] | None = None
+        """What the rollout workers load before they sample again: weights, version, seconds until they were here."""
         policy = context.config.policy
+        stop = tuple(policy.stop)
+        self._sampling = SamplingSettings(policy.max_new_tokens, policy.temperature, stop)
         self.ahead = RolloutsAhead(
             self._sample_and_score,
             policy.staleness,
             work / "in_flight",
             policy.keep_checkpoints + 2,
+            write=self._write_in_flight,
         )
 
     # ------------------------------------------------------------ the loop's verbs
@@ -112,15 +121,16 @@ class Arm:
                 self._rollouts.load_weights(self._new_weights(), self.step)
         return self.step
 
-    def generate(self, step: int) -> RolloutBatch:
+    def generate(self, step: int) -> StoredRollouts:
         """The responses of this step; with `policy.rollout_chunk` finished ones go to the panel at once."""
+        self._load_new_weights()
         started = time.monotonic()
         policy = self.context.config.policy
         prompts = self._schedule.prompts_of(step)
         if policy.rollout_chunk:
             self._stream = PanelStream(self.scorer.submit, len(prompts), policy.rollout_chunk)
-        batch = self._rollouts.generate(
-            self._requests(prompts, "policy", step),
+        batch = self._rollouts.generate_stored(
+            self._schedule.requests(prompts, "policy", step),
             self._sampling,
             self._stream.take if self._stream else None,
         )
@@ -129,7 +139,7 @@ class Arm:
         self.gauges["generated_tokens_per_second"] = tokens / max(seconds, 1e-9)
         return batch
 
-    def score(self, batch: RolloutBatch) -> ScoredBatch:
+    def score(self, batch: Responses) -> ScoredBatch:
         """Panel scores and the arm's scalar reward; stops the run when too many scores are missing."""
         started = time.monotonic()
         stream, self._stream = self._stream, None
@@ -143,10 +153,11 @@ class Arm:
 
     def check_parity(self, step: int) -> None:
         """Holds every engine's log-probabilities against the learner's, on the same tokens and the same weights."""
+        self._load_new_weights()
         policy = self.context.config.policy
         prompts = self._schedule.prompts_of(step)[:: policy.samples_per_prompt][:PARITY_PROMPTS]
         probes = self._rollouts.generate_on_each(
-            self._requests(prompts, "parity", step), self._sampling
+            self._schedule.requests(prompts, "parity", step), self._sampling
         )
         probe = join_batches(probes)
         expected_BT = self._ask("logprobs", probe)
@@ -162,14 +173,17 @@ class Arm:
                 f"precision is too low"
             )
 
-    def update(self, step: int, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
+    def update(
+        self, step: int, batch: RolloutBatch | StoredRollouts, scored: ScoredBatch
+    ) -> dict[str, float]:
         """One PPO step. LearnerWentBack (here and below) where the learner was lost and restored."""
         started = time.monotonic()
-        metrics: dict[str, float] = self._ask(
-            "update", batch, scored.reward_B, self.scorer.by_principle(scored)
-        )
+        arguments = (batch, scored.reward_B, self.scorer.by_principle(scored))
+        pending = self._learner.update.remote(*arguments)
+        observed = self.scorer.observations(batch, scored)  # while the learner works
+        metrics: dict[str, float] = self._answer("update", pending)
         self.seconds["seconds_update"] = time.monotonic() - started
-        return {**metrics, **self.scorer.observations(batch, scored)}
+        return {**metrics, **observed}
 
     def await_rollouts(self, staleness: int) -> None:
         """Until no response is being sampled any more; only then may the workers' weights change."""
@@ -182,24 +196,21 @@ class Arm:
         self.seconds["seconds_step"] = seconds
         self.gauges["learner_idle_share"] = max(0.0, 1.0 - self.seconds["seconds_update"] / seconds)
 
-    def sample_table(
-        self, batch: RolloutBatch, scored: ScoredBatch
-    ) -> tuple[list[str], list[list[str]]]:
-        """(columns, rows) of some responses with their reward and normalised scores."""
-        columns = ["prompt", "response", "reward", *self.scorer.principles]
-        rows = []
-        for index in range(min(NUM_SAMPLES, len(batch))):
-            figures = [scored.reward_B[index], *scored.normalised_BK[index]]
-            texts = [batch.prompts[index].strip(), batch.responses[index].strip()]
-            rows.append([*texts, *(f"{figure:.2f}" for figure in figures)])
-        return columns, rows
-
     def refresh(self, step: int) -> None:
-        """Gives the new weights to the rollout workers; they travel through the object store, not the driver."""
+        """Takes the new weights from the learner: references, they never pass the driver. The rollout workers load
+        them before they sample again: one step off that is beside the next update."""
         started = time.monotonic()
-        self._rollouts.load_weights(self._new_weights(), step)
+        weights = self._new_weights()
+        self._unloaded = (weights, step, time.monotonic() - started)
         self.step = step
-        self.seconds["seconds_refresh"] = time.monotonic() - started
+
+    def _load_new_weights(self) -> None:
+        if self._unloaded is None:
+            return
+        (weights, step, seconds), self._unloaded = self._unloaded, None
+        started = time.monotonic()
+        self._rollouts.load_weights(weights, step)
+        self.seconds["seconds_refresh"] = seconds + time.monotonic() - started
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Adds a row to the arm's log."""
@@ -207,7 +218,8 @@ class Arm:
 
     def checkpoint(self) -> None:
         self.ahead.save(self.step)
-        self._ask("save_checkpoint")
+        # The scores of a batch in flight are counted, and a resumed run reads that batch from disk.
+        self._ask("save_checkpoint", {"scores": self.scorer.state()})
 
     def finish(self) -> None:
         """Saves the policy and the tables, and ends the arm's own actors."""
@@ -238,13 +250,18 @@ class Arm:
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """A call of the learner; LearnerWentBack where it was lost and restored."""
+        return self._answer(method, getattr(self._learner, method).remote(*arguments))
+
+    def _answer(self, method: str, pending: Any) -> Any:
         import ray
 
         timeout_s = self.context.config.policy.call_timeout_s
         try:
-            return ray.get(getattr(self._learner, method).remote(*arguments), timeout=timeout_s)
+            return ray.get(pending, timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
-            raise cause_of(error) from None
+            if not isinstance(error.cause, ray.exceptions.ObjectLostError):
+                raise cause_of(error) from None
+            self._restore_learner("the node that held its responses was lost")
         except ray.exceptions.GetTimeoutError:
             self._restore_learner(f"no answer to {method} in {timeout_s:.0f} s")
         except lost_errors() as error:
@@ -259,24 +276,17 @@ class Arm:
         self._ask("ping")
         return list(buckets)
 
-    def _requests(self, prompts: list[str], what: str, step: int) -> list[GenerationRequest]:
-        seed = self.context.config.seed
-        return [
-            GenerationRequest(prompt, derive_seed(seed, what, step, index))
-            for index, prompt in enumerate(prompts)
-        ]
-
-    @property
-    def _sampling(self) -> SamplingSettings:
-        policy = self.context.config.policy
-        return SamplingSettings(policy.max_new_tokens, policy.temperature, tuple(policy.stop))
+    def _write_in_flight(self, path: Path, batch: Batch) -> None:
+        self._ask("write_rollouts", path, batch[0], score_arrays(batch[1]))
 
     def _adopt_learner(self) -> None:
-        """Waits for the learner, takes its step count, and brings the log to the same step."""
-        self.step, notes = _started(self._learner, self.context.config.cluster.start_timeout_s)
+        """Waits for the learner, takes its step count, and brings log and counters to the same step."""
+        timeout_s = self.context.config.cluster.start_timeout_s
+        self.step, notes, state = _started(self._learner, timeout_s)
         for note in notes:
             self.context.reporter.line(f"  arm {self.config.name}: {note}")
         self._record.go_back(self.step)
+        self.scorer.restore(state.get("scores", {}))
 
     def _restore_learner(self, cause: str) -> None:
         """A fresh learner at the last checkpoint, and its weights in the rollout workers; within the budget."""
@@ -292,6 +302,7 @@ class Arm:
                 )
             self._restarts += 1
             self.ahead.drop()
+            self._unloaded = None
             self.context.reporter.line(
                 f"  arm {self.config.name}: learner lost ({cause}); going back to its last checkpoint"
             )

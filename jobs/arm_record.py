@@ -19,7 +19,7 @@ METRICS_LOG = "metrics.jsonl"
 
 
 class ArmRecord:
-    """One row per step of one arm."""
+    """One row per step of one arm. The rows are on disk alone: however long the run, this holds none of them."""
 
     def __init__(self, context: JobContext, config: ArmConfig, work: Path, num_steps: int) -> None:
         self._config = config
@@ -27,7 +27,6 @@ class ArmRecord:
         self._num_steps = num_steps
         self._num_samples = num_steps * context.config.policy.batch_size
         self._seconds = context.path("timings", f"policy-{config.name}.jsonl")
-        self._rows: list[dict[str, float]] = []
 
     def add(self, step: int, metrics: Mapping[str, float], observed: Mapping[str, float]) -> None:
         """Adds a row. What differs from run to run (`observed`: seconds, gauges) goes elsewhere."""
@@ -35,18 +34,17 @@ class ArmRecord:
         self._seconds.parent.mkdir(exist_ok=True)
         with self._seconds.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **observed}) + "\n")
-        self._rows.append(row)
         with (self._work / METRICS_LOG).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def go_back(self, step: int) -> None:
         """Forgets the rows after `step`: those steps will be run again."""
         log = self._work / METRICS_LOG
-        self._rows = [row for row in _read_log(log) if row["step"] <= step]
+        rows = [row for row in _read_log(log) if row["step"] <= step]
         # Beside the log and then over it: a kill or a full disk in between must not cost the rows.
         partial = log.with_suffix(".partial")
         with explain_os_errors(log):
-            text = "".join(json.dumps(row) + "\n" for row in self._rows)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
             partial.write_text(text, encoding="utf-8")
             partial.replace(log)
 
@@ -55,22 +53,23 @@ class ArmRecord:
 
         ArtifactError where the log lacks a step: a curve with a gap is not published.
         """
-        steps = [int(row["step"]) for row in self._rows]
+        rows = _read_log(self._work / METRICS_LOG)
+        steps = [int(row["step"]) for row in rows]
         if steps != list(range(1, self._num_steps + 1)):
             missing = sorted(set(range(1, self._num_steps + 1)) - set(steps))
             gap = f"no row of step {missing[0]}" if missing else "a step has two rows"
             raise ArtifactError(
                 f"{self._work / METRICS_LOG}: {gap}; remove {self._work} to begin this arm again"
             )
-        columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns["step"] = [int(step) for step in columns["step"]]
         write_table(self._work / "metrics.parquet", columns)
-        summary = self._summary(sft_reward)
+        summary = self._summary(rows, sft_reward)
         write_json(self._work / "summary.json", summary)
         return summary
 
-    def _summary(self, sft_reward: FloatArray) -> dict[str, Any]:
-        last = self._rows[-max(5, len(self._rows) // 10) :]
+    def _summary(self, rows: list[dict[str, float]], sft_reward: FloatArray) -> dict[str, Any]:
+        last = rows[-max(5, len(rows) // 10) :]
         final = float(np.mean([row["reward_mean"] for row in last]))
         mean, std = float(sft_reward.mean()), float(sft_reward.std(ddof=1))
         return {

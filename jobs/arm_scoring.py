@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from actors.preference_panel import Missing, PendingScores, PreferencePanel
+from actors.stored_rollouts import Told
 from jobs.context import JobContext
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config.learning import ArmConfig
 from morlaif_ray.errors import ScalarizerError
 from morlaif_ray.reward.function import RewardFunction
 from morlaif_ray.types import FloatArray, RolloutBatch
+
+Responses = RolloutBatch | Told
+"""What scoring reads of a batch: texts, and which were cut off."""
+NUM_SAMPLES = 6
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class ArmScorer:
             self.columns.index(name) for name in self._all_principles.principles
         ]
 
-    def score(self, batch: RolloutBatch, raw_BK: FloatArray | None = None) -> ScoredBatch:
+    def score(self, batch: Responses, raw_BK: FloatArray | None = None) -> ScoredBatch:
         """Scalar rewards, from the panel's scores where they are known already; stops when too many are missing."""
         raw = self.submit(texts_of(batch)).result().scores_BK if raw_BK is None else raw_BK
         result = self.reward(raw[:, self._reward_columns])
@@ -71,11 +76,19 @@ class ArmScorer:
             self._all_principles.normaliser.apply(principles),
         )
 
+    def state(self) -> dict[str, int]:
+        """Scores so far and how many of them were missing: what `max_missing_share` is held against."""
+        return {"num_missing": self._missing, "num_scores": self._scores}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Back to what `state` gave at a checkpoint; {}: to the start."""
+        self._missing, self._scores = state.get("num_missing", 0), state.get("num_scores", 0)
+
     def submit(self, texts: Sequence[str]) -> PendingScores:
         """The arm's columns of dialogues, under way; NaN where one is missing and the config allows that."""
         return self._panel.submit(texts, self.columns, missing=self._missing_scores)
 
-    def observations(self, batch: RolloutBatch, scored: ScoredBatch) -> dict[str, float]:
+    def observations(self, batch: Responses, scored: ScoredBatch) -> dict[str, float]:
         """What is logged beside the update: scores per principle, and on the test-bed the truth."""
         values = {"reward_std": float(scored.reward_B.std())}
         for index, name in enumerate(self.principles):
@@ -90,6 +103,18 @@ class ArmScorer:
                 np.mean([read_response(*t).well_formed for t in texts])
             )
         return values
+
+    def sample_table(
+        self, batch: Responses, scored: ScoredBatch
+    ) -> tuple[list[str], list[list[str]]]:
+        """(columns, rows) of some responses with their reward and normalised scores."""
+        columns = ["prompt", "response", "reward", *self.principles]
+        rows = []
+        for index in range(min(NUM_SAMPLES, len(batch))):
+            figures = [scored.reward_B[index], *scored.normalised_BK[index]]
+            texts = [batch.prompts[index].strip(), batch.responses[index].strip()]
+            rows.append([*texts, *(f"{figure:.2f}" for figure in figures)])
+        return columns, rows
 
     @property
     def principles(self) -> tuple[str, ...]:
@@ -121,7 +146,7 @@ class PanelStream:
         self._texts: list[str | None] = [None] * num_rows
         self._groups: dict[int, PendingScores] = {}
 
-    def take(self, first_row: int, part: RolloutBatch) -> None:
+    def take(self, first_row: int, part: Responses) -> None:
         """Finished rows, in any order."""
         for offset, text in enumerate(texts_of(part)):
             self._texts[first_row + offset] = text
@@ -138,6 +163,6 @@ class PanelStream:
         return np.concatenate([table.scores_BK for table in groups])
 
 
-def texts_of(batch: RolloutBatch) -> list[str]:
+def texts_of(batch: Responses) -> list[str]:
     """Prompt and response in one text, as preference models read them."""
     return [dialogue_text(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)]

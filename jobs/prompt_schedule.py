@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from jobs.context import JobContext
 from morlaif_ray.artifacts import read_records
 from morlaif_ray.errors import DataError
 from morlaif_ray.seeding import derive_seed
-from morlaif_ray.types import Prompt
+from morlaif_ray.types import GenerationRequest, Prompt
 
 
 class PromptSchedule:
@@ -36,6 +37,13 @@ class PromptSchedule:
             epoch, place = divmod(position, len(self.prompts))
             chosen += [self.prompts[int(self._order(epoch)[place])]] * self._repeats
         return chosen
+
+    def requests(self, prompts: Sequence[str], what: str, step: int) -> list[GenerationRequest]:
+        """One sample of each prompt, seeded by what it is for, step and place."""
+        return [
+            GenerationRequest(prompt, derive_seed(self._seed, what, step, index))
+            for index, prompt in enumerate(prompts)
+        ]
 
     def _order(self, epoch: int) -> np.ndarray[Any, Any]:
         seed = derive_seed(self._seed, "policy prompts", epoch)

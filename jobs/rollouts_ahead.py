@@ -10,30 +10,19 @@ by importance weights. What is in flight at a checkpoint is written beside it: a
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
-
+from actors.stored_rollouts import StoredRollouts
 from jobs.arm_scoring import ScoredBatch
-from morlaif_ray.artifacts import explain_os_errors
 from morlaif_ray.errors import ArtifactError
-from morlaif_ray.types import RolloutBatch
+from morlaif_ray.rl.in_flight import read_rollouts, write_rollouts
+from morlaif_ray.types import FloatArray, RolloutBatch
 
-Batch = tuple[RolloutBatch, ScoredBatch]
-_ARRAYS = (
-    "tokens_BL",
-    "prompt_lengths_B",
-    "response_lengths_B",
-    "logprobs_BT",
-    "truncated_B",
-)
+Batch = tuple[RolloutBatch | StoredRollouts, ScoredBatch]
 _SCORES = ("reward_B", "raw_BK", "normalised_BK")
 
 
@@ -41,9 +30,16 @@ class RolloutsAhead:
     """The batches of one arm, in order. One background thread at most."""
 
     def __init__(
-        self, make: Callable[[int], Batch], staleness: int, folder: Path, num_kept: int
+        self,
+        make: Callable[[int], Batch],
+        staleness: int,
+        folder: Path,
+        num_kept: int,
+        write: Callable[[Path, Batch], None] | None = None,
     ) -> None:
+        """`write`: who writes a batch in flight to disk; None: this process, which must hold all of it."""
         self._make = make
+        self._write = write or save_in_flight
         self._staleness = staleness
         self._folder = folder
         self._num_kept = num_kept
@@ -101,7 +97,7 @@ class RolloutsAhead:
         if self._next is None:
             return
         assert self._next[0] == step, f"a batch of step {self._next[0]} at a checkpoint of {step}"
-        save_in_flight(self._path(step), self._next[1].result())
+        self._write(self._path(step), self._next[1].result())
         known = sorted(self._folder.glob("*.npz"), key=lambda path: int(path.stem))
         # The best checkpoint is kept however old it is: its batch must be there to go on from it.
         older = [path.suffix[1:] for path in self._folder.parent.glob("checkpoint.*")]
@@ -116,43 +112,20 @@ class RolloutsAhead:
 
 def save_in_flight(path: Path, batch: Batch) -> None:
     """Publishes a scored batch as one file (arrays and JSON, no pickle)."""
-    responses, scored = batch
-    texts = {
-        "prompts": responses.prompts,
-        "responses": responses.responses,
-        "policy_version": responses.policy_version,
-    }
-    arrays = {name: getattr(responses, name) for name in _ARRAYS}
-    arrays |= {name: getattr(scored, name) for name in _SCORES}
-    arrays["texts"] = np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8)
-    with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        with temporary.open("wb") as stream:
-            np.savez(stream, **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+    write_rollouts(path, batch[0], score_arrays(batch[1]))
+
+
+def score_arrays(scored: ScoredBatch) -> dict[str, FloatArray]:
+    """What is written of a scored batch beside its responses."""
+    return {name: getattr(scored, name) for name in _SCORES}
 
 
 def load_in_flight(path: Path) -> Batch:
     """What `save_in_flight` wrote; ArtifactError where it is missing or damaged."""
+    responses, scores = read_rollouts(path)
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            texts = json.loads(arrays["texts"].tobytes())
-            responses = RolloutBatch(
-                prompts=tuple(texts["prompts"]),
-                responses=tuple(texts["responses"]),
-                policy_version=int(texts["policy_version"]),
-                **{name: arrays[name] for name in _ARRAYS},
-            )
-            return responses, ScoredBatch(**{name: arrays[name] for name in _SCORES})
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{path}: the responses in flight of this checkpoint are missing; remove {path.parent.parent} to begin "
-            f"this arm again"
-        ) from None
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        return responses, ScoredBatch(**{name: scores[name] for name in _SCORES})
+    except KeyError as error:
         raise ArtifactError(
             f"{path}: damaged ({error}); remove {path.parent.parent} to begin this arm again"
         ) from None

@@ -97,6 +97,7 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
     policy = arm.context.config.policy
     step = arm.start()
     task.advance(step)
+    measured = time.monotonic()
     while True:
         try:
             if stop.is_set():
@@ -105,20 +106,23 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
             if step >= arm.num_steps:
                 arm.finish()
                 break
-            started = time.monotonic()
             batch, scored = _next_batch(arm, step)
             if step + 1 < arm.num_steps:
                 arm.ahead.begin(step + 1)
             metrics = arm.update(step, batch, scored)
             arm.await_rollouts(step - batch.policy_version)
             arm.refresh(step + 1)
-            arm.measure(time.monotonic() - started)
+            # From here to here, so that log, tracker and checkpoint count as well: in the step that follows them.
+            now = time.monotonic()
+            arm.measure(now - measured)
+            measured = now
             arm.record(step + 1, metrics)
             step += 1
             shown = {**metrics, **arm.seconds, **arm.gauges}
             tracker.log(step, shown)
             if policy.samples_every and step % policy.samples_every == 0:
-                tracker.log_table(step, "samples", *arm.sample_table(batch, scored))
+                tracker.log_table(step, "samples", *arm.scorer.sample_table(batch, scored))
+            del batch, scored  # with them go the last references to the step's arrays
             gauges.log(arm.config.name, shown)
             task.note(
                 f"{arm.config.name}: reward {metrics['reward_mean']:+.2f}, KL {metrics['kl_mean']:.1f}"

@@ -192,7 +192,7 @@ class PolicyConfig(Section):
     fsdp: bool = False
     """Each rank holds a slice of weights and moments instead of all of them (FSDP2); for models that need it."""
     learner_threads: PositiveInt = 1
-    """torch threads of each learner rank on CPU."""
+    """torch threads of each learner rank on CPU; each reserves 0.4 CPUs, as the other actors wait in the meantime."""
     learner_gpus_per_rank: NonNegativeFloat = 0.0
     panel_gpus_per_model: NonNegativeFloat = 0.0
     checkpoint_every: PositiveInt = 25

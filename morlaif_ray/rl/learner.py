@@ -62,6 +62,8 @@ class PPOLearner:
         self.step = 0
         self.notes: list[str] = []
         """One line for each thing that a person should know, such as a damaged checkpoint that was passed over."""
+        self.loop_state: dict[str, Any] = {}
+        """What the loop around the learner had saved in the checkpoint that was loaded; empty where there was none."""
         self._num_steps = num_steps or config.num_steps
         self._failure_dir = failure_dir
         self._model_path = model_path
@@ -247,8 +249,11 @@ class PPOLearner:
             plain.load_state_dict(full, strict=False)  # tied weights are named once
         save_pretrained(plain, self.tokenizer, folder)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Everything that the next step depends on, published atomically (rank 0; sharded ranks must all call)."""
+    def save_checkpoint(self, folder: Path, loop_state: Mapping[str, Any] | None = None) -> None:
+        """Everything that the next step depends on, published atomically (rank 0; sharded ranks must all call).
+
+        `loop_state`: plain values that the loop around the learner must find again with the same step.
+        """
         if self._rewards:
             self._last_reward = float(np.mean(self._rewards))
             self._rewards = []
@@ -257,6 +262,7 @@ class PPOLearner:
             "step": self.step,
             "kl_controller": self.kl_controller.state(),
             "reward_scale": self.reward_scale.state(),
+            "loop": dict(loop_state or {}),
         }
         snapshot = Snapshot.take(run.names, run.trainable, run.optimizer, extra)
         if self.ranks.rank == 0:
@@ -273,6 +279,7 @@ class PPOLearner:
         self.step = int(extra["step"])
         self.kl_controller.restore(extra["kl_controller"])
         self.reward_scale.restore(extra["reward_scale"])
+        self.loop_state = dict(extra.get("loop", {}))  # an older checkpoint has none
         self._last_reward, self._rewards = found.reward, []
         return True
 

@@ -90,6 +90,7 @@ def arm_with(*learners: Handle, budget: int = 2) -> Any:
         said=said,
         went_back=went_back,
         _record=SimpleNamespace(go_back=went_back.append),
+        scorer=SimpleNamespace(restore=lambda state: None),
         _rollouts=SimpleNamespace(load_weights=lambda weights, step: None),
         _new_weights=lambda: [],
         _spawn_learner=lambda: left.pop(0),
@@ -101,7 +102,7 @@ def arm_with(*learners: Handle, budget: int = 2) -> Any:
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
 def test_a_learner_is_restored_after_every_kind_of_loss(error: Exception) -> None:
-    arm = arm_with(Handle(error), Handle(4, []))
+    arm = arm_with(Handle(error), Handle(4, [], {}))
     with pytest.raises(LearnerWentBack):
         arm._ask("update")
     assert (arm.step, arm.went_back, arm._restarts) == (4, [4], 1)
@@ -122,7 +123,7 @@ def test_a_learner_lost_at_its_first_start_is_named(
 
 def test_a_learner_lost_in_its_restart_is_started_again_within_the_budget() -> None:
     lost, silent = LOST[0], ray.exceptions.GetTimeoutError()
-    arm = arm_with(Handle(lost), Handle(lost), Handle(silent), Handle(6, []), budget=3)
+    arm = arm_with(Handle(lost), Handle(lost), Handle(silent), Handle(6, [], {}), budget=3)
     with pytest.raises(LearnerWentBack):
         arm._ask("update")
     assert (arm.step, arm.went_back, arm._restarts) == (6, [6], 3)

@@ -348,7 +348,7 @@ def test_the_plan_reserves_what_the_actors_reserve() -> None:
     from actors import placement, ppo_learner, preference_panel, preference_trials, rollout_pool
     from actors.feedback_worker import worker_cpus
 
-    assert ppo_learner.LEARNER_CPUS == placement.LEARNER_CPUS
+    assert ppo_learner.learner_cpus is placement.learner_cpus
     assert rollout_pool.ROLLOUT_CPUS == placement.ROLLOUT_CPUS
     assert preference_panel.PANEL_CPUS == placement.PANEL_CPUS
     config = config_with(preference={"workers_per_trial": 0, "cpus_per_trial": 0.4})

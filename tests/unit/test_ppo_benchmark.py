@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import ppo, ppo_gpu
 from benchmarks.ppo_quality import compare
-from benchmarks.ppo_sides import Measured
+from benchmarks.ppo_sides import Measured, last_line
 from benchmarks.ppo_workload import TINY, Size, Workload, make_workload, step_flops
 from morlaif_ray.rl.generation import SamplingSettings, TransformersEngine
 from morlaif_ray.types import GenerationRequest
@@ -115,3 +115,11 @@ def test_operations_of_the_gpu_models_match_their_known_sizes() -> None:
     # gpt2-medium: 354.8M with 51.5M token and 1.0M position embeddings; TinyLlama: 1,100M with 2 x 65.5M.
     assert medium.trunk_parameters == pytest.approx(302.0e6, rel=0.01)
     assert llama.trunk_parameters == pytest.approx(968.9e6, rel=0.01)
+
+
+def test_the_last_line_of_a_growing_log_is_read_alone(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(f'{{"step": {step}}}\n' for step in range(500)))
+    assert last_line(log, longest=40) == b'{"step": 499}'
+    log.write_text('{"step": 1}\n')
+    assert last_line(log) == b'{"step": 1}'
