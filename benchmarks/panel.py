@@ -102,10 +102,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=600, help="training pairs of the accuracies")
     parser.add_argument("--test", type=int, default=1500, help="held-out pairs")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of the accuracies")
     options = parser.parse_args()
     if options.quick:
         options.repetitions, options.texts = 2, 64
         options.pairs, options.test, options.epochs = 48, 60, 1
+        options.seeds = 2
     return options
 
 

@@ -1,8 +1,17 @@
-"""Accuracy and training time of every topology on the test-bed, trained on the same pairs with the same recipe."""
+"""Accuracy and training time of every topology on the test-bed, trained on the same pairs with the same recipe.
+
+    python -m benchmarks.panel --only accuracy [--seeds 3]
+    python -m benchmarks.panel_accuracy [--rates 0.5 1 2]     (how the learning rates were chosen)
+
+A seed draws its own prompts, responses, judge's noise, heads and order of pairs; all seeds share the backbone. Every
+model sees the same pairs equally often, so a model of one head and a trunk of twelve read as many tokens; the trunk's
+loss is the mean over its heads. The learning rate of a topology was chosen on pairs of a seed that no measurement uses.
+"""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,48 +20,104 @@ from typing import Any
 import numpy as np
 
 from benchmarks.active_selection import MAX_LENGTH, World, _train_backbone, make_world
+from benchmarks.active_selection_results import t_interval
+from morlaif_ray.seeding import derive_seed
 from morlaif_ray.testbed import PRINCIPLES
 from morlaif_ray.types import FloatArray
 
-TOPOLOGIES = ("separate", "shared_trunk", "late_branching", "adapters")
+LEARNING_RATES = {
+    "separate": 1.5e-3,
+    "shared_trunk": 1.5e-3,
+    "late_branching": 1.5e-3,
+    "adapters": 3e-3,
+}
+"""By topology, chosen by `python -m benchmarks.panel_accuracy`. Adapters learn at a higher rate than whole weights."""
+TOPOLOGIES = tuple(LEARNING_RATES)
 NOISE = 0.5
 """Of the judge, nats."""
+TUNING_SEED = 1000
+"""No measurement uses its pairs."""
 
 
 def measure_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Accuracy by topology: mean over principles of the share of held-out pairs ordered as the truth orders them.
 
-    Intervals: 95%, bootstrap over the test pairs (each has a prompt of its own); differences to `separate` are paired.
+    Intervals: 95%, Student's t over seeds; with one seed bootstrap over its test pairs, each of which has a prompt of
+    its own. Differences to `separate` are paired.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    steps = 20 if options.quick else 600
-    backbone = options.backbone or str(_train_backbone(folder, 64, steps))
-    everything = make_world(options.pairs + options.test, 0, NOISE)
-    train = everything.rows(range(options.pairs))
-    test = everything.rows(range(options.pairs, options.pairs + options.test))
-    hits: dict[str, FloatArray] = {}
-    seconds: dict[str, float] = {}
-    for topology in TOPOLOGIES:
-        hits[topology], seconds[topology] = train_and_test(
-            topology, backbone, train, test, folder / topology, options
-        )
-        print(
-            f"accuracy {topology:15s} {mean_over_principles(hits[topology]):.4f}   "
-            f"{seconds[topology]:.0f} CPU s of training",
-            flush=True,
-        )
+    backbone = options.backbone or make_backbone(folder, options)
+    hits: dict[str, list[FloatArray]] = {name: [] for name in TOPOLOGIES}
+    seconds = dict.fromkeys(TOPOLOGIES, 0.0)
+    tokens = 0
+    for seed in range(options.seeds):
+        train, test = make_pairs(seed, options)
+        for topology in TOPOLOGIES:
+            hit_NK, spent, tokens = train_and_test(
+                topology, backbone, train, test, LEARNING_RATES[topology], seed, options
+            )
+            hits[topology].append(hit_NK)
+            seconds[topology] += spent / options.seeds
+            print(
+                f"accuracy {topology:15s} seed {seed} {mean_over_principles(hit_NK):.4f}   "
+                f"{spent:.0f} CPU s of training",
+                flush=True,
+            )
     base = hits["separate"]
     return {
-        "accuracy": {name: interval(values) for name, values in hits.items()},
+        "accuracy": {name: over_seeds(values) for name, values in hits.items()},
         "accuracy_difference_to_separate": {
-            name: interval(values - base) for name, values in hits.items() if name != "separate"
+            name: over_seeds([a - b for a, b in zip(values, base, strict=True)])
+            for name, values in hits.items()
+            if name != "separate"
         },
         "training_time_ratio_to_separate": {
             name: round(value / seconds["separate"], 3) for name, value in seconds.items()
         },
         "training_cpu_s": {name: round(value, 1) for name, value in seconds.items()},
-        "accuracy_pairs": {"train": options.pairs, "test": options.test, "epochs": options.epochs},
+        "training_tokens_per_model": tokens,
+        "accuracy_by_seed": {
+            name: [round(mean_over_principles(hit_NK), 4) for hit_NK in values]
+            for name, values in hits.items()
+        },
+        "accuracy_by_principle": {
+            name: dict(zip(PRINCIPLES, by_principle(values), strict=True))
+            for name, values in hits.items()
+        },
+        "accuracy_pairs": {
+            "train": options.pairs,
+            "test": options.test,
+            "epochs": options.epochs,
+            "seeds": options.seeds,
+            "learning_rates": LEARNING_RATES,
+        },
     }
+
+
+def make_backbone(folder: Path, options: argparse.Namespace) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(_train_backbone(folder, 64, 20 if options.quick else 600))
+
+
+def make_pairs(seed: int, options: argparse.Namespace) -> tuple[World, World]:
+    """(training, held-out) pairs of a seed, of disjoint prompts."""
+    everything = make_world(options.pairs + options.test, seed, NOISE)
+    return (
+        everything.rows(range(options.pairs)),
+        everything.rows(range(options.pairs, options.pairs + options.test)),
+    )
+
+
+def over_seeds(values: Sequence[FloatArray]) -> list[float]:
+    """[mean, low, high] of the seeds' means over principles."""
+    if len(values) == 1:
+        return interval(values[0])
+    return [round(end, 4) for end in t_interval([mean_over_principles(v) for v in values])]
+
+
+def by_principle(values: Sequence[FloatArray]) -> list[float]:
+    """Accuracy of each principle over the pairs of all seeds."""
+    means: list[float] = np.nanmean(np.concatenate(values), axis=0).round(3).tolist()
+    return means
 
 
 def interval(values_NK: FloatArray, num_resamples: int = 2000) -> list[float]:
@@ -79,21 +144,29 @@ def train_and_test(
     backbone: str,
     train: World,
     test: World,
-    folder: Path,
+    rate: float,
+    seed: int,
     options: argparse.Namespace,
-) -> tuple[FloatArray, float]:
-    """(hit per test pair and principle, ties half, NaN without a true difference; CPU seconds of training)."""
+    principles: Sequence[str] = tuple(PRINCIPLES),
+) -> tuple[FloatArray, float, int]:
+    """(hit per test pair and principle, CPU seconds of training, tokens that each model read).
+
+    Ties count half; NaN without a true difference.
+    """
     together = topology in ("shared_trunk", "late_branching")
-    groups = [list(PRINCIPLES)] if together else [[name] for name in PRINCIPLES]
-    columns, spent = [], 0.0
+    groups = [list(principles)] if together else [[name] for name in principles]
+    columns, spent, tokens = [], 0.0, 0
     for heads in groups:
         started = time.process_time()
-        model = fit(topology, backbone, train, heads, folder / heads[0], options)
+        model = fit(topology, backbone, train, heads, rate, seed, options)
         spent += time.process_time() - started
         columns.append(model.score_heads(test.texts_a) - model.score_heads(test.texts_b))
+        read = model.encode([*train.texts_a, *train.texts_b])
+        tokens = options.epochs * sum(len(ids) for ids in read)
     difference_NK = np.concatenate(columns, axis=1)
-    hit_NK = np.where(difference_NK == 0, 0.5, (difference_NK > 0) == (test.truth_NK > 0))
-    return np.where(np.abs(test.truth_NK) < 1e-9, np.nan, hit_NK), spent
+    truth_NK = test.truth_NK[:, [list(PRINCIPLES).index(name) for name in principles]]
+    hit_NK = np.where(difference_NK == 0, 0.5, (difference_NK > 0) == (truth_NK > 0))
+    return np.where(np.abs(truth_NK) < 1e-9, np.nan, hit_NK), spent, tokens
 
 
 def fit(
@@ -101,28 +174,81 @@ def fit(
     backbone: str,
     pairs: World,
     heads: Sequence[str],
-    folder: Path,
+    rate: float,
+    seed: int,
     options: argparse.Namespace,
 ) -> Any:
     from morlaif_ray.config.inputs import LoraConfig
-    from morlaif_ray.config.learning import PreferenceConfig
+    from morlaif_ray.config.preferring import PreferenceConfig
     from morlaif_ray.preference import PreferenceModel
     from morlaif_ray.preference.training import TrainingData, train_preference_model
 
-    # Adapters learn at a higher rate than whole weights; the paper's rank and scaling, no dropout on so few steps.
+    # The paper's rank and scaling; no dropout on so few steps.
     lora = LoraConfig(dropout=0.0) if topology == "adapters" else None
+    start = derive_seed(seed, "preference", *heads)
     model = PreferenceModel.from_backbone(
-        backbone, heads, max_length=MAX_LENGTH, seed=0, lora=lora, topology=topology
+        backbone, heads, max_length=MAX_LENGTH, seed=start, lora=lora, topology=topology
     )
     recipe = PreferenceConfig(
         num_epochs=options.epochs,
         batch_size=32,
-        learning_rate=3e-3 if lora else 1.5e-3,
+        learning_rate=rate,
         warmup_steps=10,
         max_length=MAX_LENGTH,
         lora=lora,
     )
     rows = [list(PRINCIPLES).index(name) for name in heads]
     data = TrainingData(pairs.texts_a, pairs.texts_b, pairs.judged_NK[:, rows], pairs.pair_ids)
-    train_preference_model(model, data, recipe, seed=0, checkpoint_dir=folder)
+    with tempfile.TemporaryDirectory() as folder:
+        train_preference_model(
+            model, data, recipe, seed=start, checkpoint_dir=Path(folder), checkpoint_every=1 << 30
+        )
     return model
+
+
+def main() -> None:
+    """Held-out accuracy by topology and learning rate, on pairs that no measurement uses."""
+    import torch
+    import transformers
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.panel_accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
+    parser.add_argument("--principles", nargs="+", default=list(PRINCIPLES), choices=PRINCIPLES)
+    parser.add_argument("--backbone", help="test-bed SFT model; default: train a small one")
+    parser.add_argument("--pairs", type=int, default=600)
+    parser.add_argument("--test", type=int, default=1500)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="figures of no worth")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        backbone = options.backbone or make_backbone(Path(scratch), options)
+        train, held_out = make_pairs(TUNING_SEED, options)
+        for topology in options.topologies:
+            for factor in options.rates:
+                rate = factor * LEARNING_RATES[topology]
+                hit_NK, spent, _ = train_and_test(
+                    topology,
+                    backbone,
+                    train,
+                    held_out,
+                    rate,
+                    TUNING_SEED,
+                    options,
+                    options.principles,
+                )
+                print(
+                    f"{topology:15s} rate {rate:.1e}  {mean_over_principles(hit_NK):.4f}   {spent:.0f} CPU s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
