@@ -1,6 +1,6 @@
 """Reward against KL on the test-bed: ours synchronous, ours one step off, and trl 1.12, three seeds each.
 
-    python -m benchmarks.ppo_quality --run-dir runs/demo [--steps 60] [--seeds 0 1 2] [--peers .venv-peers] [--csv FILE]
+    python -m benchmarks.ppo_quality --run-dir runs/demo [--steps 60] [--seeds 0 1 2] [--peers .venv-peers] [--csv FILE] [--plot FILE]
 
 Takes SFT model, preference models and weights from a finished run. All train the same policy on the same linear reward
 with a critic of their own, the same learning rate, epochs and a fixed KL coefficient; no reward scaling. What a run
@@ -74,6 +74,8 @@ def main() -> None:
             )
     if options.csv:
         write_curves(options.csv, options.seeds, curves)
+    if options.plot:
+        plot_curves(options.plot, curves)
     print(json.dumps(compare(curves)))
 
 
@@ -86,6 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers")
     parser.add_argument("--csv", type=Path, help="all curves, one row per step")
+    parser.add_argument("--plot", type=Path, help="picture (PNG) of all curves")
     return parser.parse_args()
 
 
@@ -200,11 +203,16 @@ def compare(curves: dict[str, list[Curve]], num_points: int = 5) -> dict[str, An
 
 def _reward_at(curve: Curve, grid: Any) -> Any:
     """Reward by KL: both smoothed over five steps, then interpolated along the rising KL."""
-    values = np.array(curve)
-    kernel = np.ones(min(5, len(values))) / min(5, len(values))
-    kl, reward = (np.convolve(values[:, i], kernel, mode="valid") for i in (0, 1))
+    kl, reward = _smoothed(curve)
     order = np.argsort(kl)
     return np.interp(grid, kl[order], reward[order])
+
+
+def _smoothed(curve: Curve) -> tuple[Any, Any]:
+    """(KL, reward), each the mean of five steps."""
+    values = np.array(curve)
+    kernel = np.ones(min(5, len(values))) / min(5, len(values))
+    return tuple(np.convolve(values[:, i], kernel, mode="valid") for i in (0, 1))
 
 
 def write_curves(path: Path, seeds: list[int], curves: dict[str, list[Curve]]) -> None:
@@ -215,6 +223,28 @@ def write_curves(path: Path, seeds: list[int], curves: dict[str, list[Curve]]) -
             for seed, curve in zip(seeds, runs, strict=True):
                 for step, (kl, reward) in enumerate(curve, 1):
                     writer.writerow((name, seed, step, f"{kl:.5f}", f"{reward:.5f}"))
+
+
+def plot_curves(path: Path, curves: dict[str, list[Curve]]) -> None:
+    """One thin line per seed, smoothed over five steps as the comparison is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for index, (name, runs) in enumerate(curves.items()):
+        for number, curve in enumerate(runs):
+            kl, reward = _smoothed(curve)
+            label = name if number == 0 else None
+            axes.plot(kl, reward, color=f"C{index}", linewidth=1.2, alpha=0.8, label=label)
+    axes.set_xlabel("KL to the SFT model, nats per response")
+    axes.set_ylabel("mean reward, SFT standard deviations")
+    axes.set_title("Reward against KL on the test-bed, one line per seed")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
