@@ -1,6 +1,7 @@
 """Reward against KL on the test-bed: ours synchronous, ours one step off, and trl 1.12, three seeds each.
 
-    python -m benchmarks.ppo_quality --run-dir runs/demo [--steps 60] [--seeds 0 1 2] [--peers .venv-peers] [--csv FILE] [--plot FILE]
+    python -m benchmarks.ppo_quality --run-dir runs/demo [--steps 60] [--seeds 0 1 2] [--peers .venv-peers]
+                                    [--csv FILE] [--plot FILE]
 
 Takes SFT model, preference models and weights from a finished run. All train the same policy on the same linear reward
 with a critic of their own, the same learning rate, epochs and a fixed KL coefficient; no reward scaling. What a run
