@@ -28,13 +28,17 @@ class RolloutPool:
         self._model_path = model_path
         self._dtype = "float32" if config.model.kind == "scratch" else config.model.dtype
         self._policy = config.policy
-        self.engine = engine_of(config.policy)
+        self.engine = engine_of(config)
         # vLLM batches by itself: a prompt goes to the worker with the fewest responses in flight.
         self._in_flight = config.policy.vllm.max_num_seqs if self.engine == "vllm" else 2
 
         def spawn() -> Any:
             return spawn_rollout_worker(
-                self._model_path, config.policy, dtype=self._dtype, num_cpus=ROLLOUT_CPUS
+                self._model_path,
+                config.policy,
+                engine=self.engine,
+                dtype=self._dtype,
+                num_cpus=ROLLOUT_CPUS,
             )
 
         self._workers = [
@@ -61,8 +65,9 @@ class RolloutPool:
 
     def _loading(self) -> tuple[str, tuple[Any, ...]]:
         """(method, arguments) that bring a worker to the current weights."""
-        method = "load_buckets" if isinstance(self._weights, list) else "load_weights"
-        return method, (self._weights, self._version)
+        if isinstance(self._weights, list):
+            return "load_buckets", (self._version, *self._weights)
+        return "load_weights", (self._weights, self._version)
 
     def map(
         self,
