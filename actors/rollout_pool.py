@@ -12,6 +12,7 @@ from actors.placement import ROLLOUT_CPUS
 from actors.rollout_worker import spawn_rollout_worker
 from actors.supervision import Call, SupervisedActor, call_all, map_over, wait_all_ready
 from morlaif_ray.config import Config
+from morlaif_ray.errors import ActorLostError
 from morlaif_ray.rl.generation import SamplingSettings
 from morlaif_ray.rl.weight_transfer import in_buckets
 from morlaif_ray.types import GenerationRequest, RolloutBatch
@@ -53,7 +54,14 @@ class RolloutPool:
             )
             for index in range(num_workers)
         ]
-        wait_all_ready(self._workers)
+        try:
+            wait_all_ready(self._workers)
+        except ActorLostError as error:
+            if self.engine == "transformers":
+                raise
+            raise ActorLostError(
+                f"{error.message}; 'policy.engine: transformers' samples without vLLM"
+            ) from None
 
     def _refresh(self, handle: Any) -> None:
         import ray

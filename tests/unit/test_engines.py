@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from actors import engines
+from actors import engines, rollout_pool
 from morlaif_ray.config import Config
 from morlaif_ray.config.loading import parse_config
-from morlaif_ray.errors import ConfigError
+from morlaif_ray.errors import ActorLostError, ConfigError
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
 
@@ -91,3 +91,20 @@ def test_heads_that_vllm_has_no_cpu_kernel_for_are_named(monkeypatch: pytest.Mon
         engines.check_engine(odd, here=True)
     on_gpu = {"engine": "vllm", "rollout_gpus_per_worker": 1}
     engines.check_engine(parse_config({"policy": on_gpu, "model": model}, "x"), here=True)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_where_vllm_does_not_start_the_other_engine_is_named(
+    monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    def fail(workers: Any) -> None:
+        raise ActorLostError("rollout worker 0 did not start: no such architecture")
+
+    monkeypatch.setattr(rollout_pool, "SupervisedActor", lambda *args, **settings: None)
+    monkeypatch.setattr(rollout_pool, "wait_all_ready", fail)
+    hint = "; 'policy.engine: transformers' samples without vLLM"
+    with pytest.raises(ActorLostError) as caught:
+        rollout_pool.RolloutPool(config(engine=engine), "model", 1, lambda text: None)
+    assert str(caught.value) == (
+        "rollout worker 0 did not start: no such architecture" + (hint if engine == "vllm" else "")
+    )
