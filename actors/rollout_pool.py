@@ -13,6 +13,7 @@ from actors.rollout_worker import spawn_rollout_worker
 from actors.stored_rollouts import StoredRollouts, Told
 from actors.supervision import Call, SupervisedActor, call_all, map_over, wait_all_ready
 from morlaif_ray.config import Config
+from morlaif_ray.errors import ActorLostError
 from morlaif_ray.rl.generation import SamplingSettings
 from morlaif_ray.rl.weight_transfer import in_buckets
 from morlaif_ray.types import GenerationRequest, RolloutBatch
@@ -29,13 +30,17 @@ class RolloutPool:
         self._model_path = model_path
         self._dtype = "float32" if config.model.kind == "scratch" else config.model.dtype
         self._policy = config.policy
-        self.engine = engine_of(config.policy)
+        self.engine = engine_of(config)
         # vLLM batches by itself: a prompt goes to the worker with the fewest responses in flight.
         self._in_flight = config.policy.vllm.max_num_seqs if self.engine == "vllm" else 2
 
         def spawn() -> Any:
             return spawn_rollout_worker(
-                self._model_path, config.policy, dtype=self._dtype, num_cpus=ROLLOUT_CPUS
+                self._model_path,
+                config.policy,
+                engine=self.engine,
+                dtype=self._dtype,
+                num_cpus=ROLLOUT_CPUS,
             )
 
         self._workers = [
@@ -50,7 +55,14 @@ class RolloutPool:
             )
             for index in range(num_workers)
         ]
-        wait_all_ready(self._workers)
+        try:
+            wait_all_ready(self._workers)
+        except ActorLostError as error:
+            if self.engine == "transformers":
+                raise
+            raise ActorLostError(
+                f"{error.message}; 'policy.engine: transformers' samples without vLLM"
+            ) from None
 
     def _refresh(self, handle: Any) -> None:
         import ray
@@ -62,8 +74,9 @@ class RolloutPool:
 
     def _loading(self) -> tuple[str, tuple[Any, ...]]:
         """(method, arguments) that bring a worker to the current weights."""
-        method = "load_buckets" if isinstance(self._weights, list) else "load_weights"
-        return method, (self._weights, self._version)
+        if isinstance(self._weights, list):
+            return "load_buckets", (self._version, *self._weights)
+        return "load_weights", (self._weights, self._version)
 
     def map(
         self,

