@@ -34,10 +34,11 @@ CLIENT_GB = 0.2
 """An API client or the embedded judge."""
 JUDGED_GROUPS, JUDGED_LENGTH = 3, 4096
 """A local judge's pass: prompts whose caches lie side by side, tokens of each where max_length says nothing."""
-PROCESS_GB = 0.3
-"""A Python process with torch and transformers, before any weight (measured: 260 MB with torch, 450 MB with TRL)."""
-LEARNER_PROCESS_GB = 0.5
-"""The same for the learner (measured: 484 MB)."""
+PROCESS_GB = 0.52
+"""A Ray actor with torch and transformers, before any weight. Measured: 533 MB resident, of which 362 its own and 170
+shared libraries' pages, which count for every process; an actor without them has 125."""
+LEARNER_PROCESS_GB = 0.61
+"""The same for the learner, with what torch loads at the first optimizer step (measured: docs/ppo.md)."""
 HOST_ALLOCATOR = 1.05
 """What the allocator of a learner on a CPU holds beside its tensors (measured: docs/ppo.md)."""
 

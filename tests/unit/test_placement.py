@@ -228,13 +228,13 @@ def test_weights_take_their_bytes_divided_by_the_shards() -> None:
 
 
 def test_full_training_holds_weights_gradients_and_two_moments() -> None:
-    # 2 GB weights + 3 x 2 GB; activations 32*512*17*2*1024*2 bytes = 1.0625 GB; process 0.3 GB
-    assert training_gb(SHAPE, Load(32, 512)) == pytest.approx(2 + 6 + 1.0625 + 0.3)
+    # 2 GB weights + 3 x 2 GB; activations 32*512*17*2*1024*2 bytes = 1.0625 GB; process 0.52 GB
+    assert training_gb(SHAPE, Load(32, 512)) == pytest.approx(2 + 6 + 1.0625 + 0.52)
 
 
 def test_gradient_checkpointing_keeps_one_layer_in_full() -> None:
     # (2 + 17) instead of 17*2 layer inputs: 32*512*19*1024*2 bytes = 0.59375 GB
-    assert training_gb(SHAPE, Load(32, 512), checkpointing=True) == pytest.approx(8.89375)
+    assert training_gb(SHAPE, Load(32, 512), checkpointing=True) == pytest.approx(2 + 6 + 0.59375 + 0.52)
 
 
 def test_branches_count_as_blocks_of_the_model_that_holds_them() -> None:
@@ -274,7 +274,7 @@ def test_lora_trains_few_parameters_in_float32() -> None:
     assert trainable_parameters(SHAPE, lora) == 18 * 8 * 2 * 1024
     assert trainable_parameters(SHAPE, LoraConfig(rank=8, target_modules=["q"])) == 6 * 8 * 2 * 1024
     states = 18 * 8 * 2 * 1024 * 12 / GB
-    assert training_gb(SHAPE, Load(0, 0), lora=lora) == pytest.approx(2 + states + 0.3)
+    assert training_gb(SHAPE, Load(0, 0), lora=lora) == pytest.approx(2 + states + 0.52)
 
 
 def test_a_reference_copy_and_shards_count() -> None:
@@ -286,7 +286,7 @@ def test_a_reference_copy_and_shards_count() -> None:
 def learner(**policy: Any) -> float:
     """Memory of a learner rank of SHAPE beyond process and allocator, with 256 tokens to a row."""
     settings = PolicyConfig(**{"max_new_tokens": 128, "batch_size": 32, **policy})
-    return (learner_gb(SHAPE, settings, max_length=256) - 0.5) / 1.05
+    return (learner_gb(SHAPE, settings, max_length=256) - 0.61) / 1.05
 
 
 # 32 rows * 256 tokens * 17*2 layer inputs * 1024 * 2 bytes; 32*128 scored tokens * 1024 words * 8 bytes
@@ -330,18 +330,18 @@ def test_a_sharded_rank_of_a_deep_model_gathers_three_layers_at_once() -> None:
     embeddings = 2 * 32000 * 8192 * 2 / GB
     activations = 512 * 17 * 80 * 8192 * 2 / GB
     expected = whole / 8 + 3 * layer + embeddings + activations
-    assert (learner_gb(deep, policy, 512) - 0.5) / 1.05 == pytest.approx(expected, rel=0.01)
+    assert (learner_gb(deep, policy, 512) - 0.61) / 1.05 == pytest.approx(expected, rel=0.01)
 
 
 def test_generation_holds_weights_and_the_kv_cache() -> None:
     # 2*2*1024*2 bytes per token * 16 * 4096 tokens = 0.5 GB; logits 16*1024*12 bytes
     memory = generation_gb(SHAPE, Load(16, 4096))
-    assert memory == pytest.approx(2 + 0.5 + 16 * 1024 * 12 / GB + 0.3)
+    assert memory == pytest.approx(2 + 0.5 + 16 * 1024 * 12 / GB + 0.52)
 
 
 def test_scoring_holds_every_models_weights_and_one_layer() -> None:
     # 32*512*17*1024*2 bytes = 0.53125 GB
-    assert scoring_gb(SHAPE, Load(32, 512), num_models=3) == pytest.approx(6 + 0.53125 + 0.3)
+    assert scoring_gb(SHAPE, Load(32, 512), num_models=3) == pytest.approx(6 + 0.53125 + 0.52)
 
 
 def test_the_plan_reserves_what_the_actors_reserve() -> None:
