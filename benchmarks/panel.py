@@ -99,9 +99,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--hh", type=Path, default=HH, help="hh dialogues (skipped where absent)")
     parser.add_argument("--texts", type=int, default=512, help="dialogues of the throughput")
     parser.add_argument("--backbone", help="test-bed SFT model; default: train a small one")
-    parser.add_argument("--pairs", type=int, default=600, help="training pairs of the accuracies")
+    parser.add_argument("--pairs", type=int, default=2400, help="training pairs of the accuracies")
     parser.add_argument("--test", type=int, default=1500, help="held-out pairs")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of the accuracies")
     options = parser.parse_args()
     if options.quick:

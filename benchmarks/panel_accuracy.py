@@ -35,6 +35,7 @@ LEARNING_RATES = {
 TOPOLOGIES = tuple(LEARNING_RATES)
 NOISE = 0.5
 """Of the judge, nats."""
+BATCH_SIZE = 16
 TUNING_SEED = 1000
 """No measurement uses its pairs."""
 
@@ -191,7 +192,7 @@ def fit(
     )
     recipe = PreferenceConfig(
         num_epochs=options.epochs,
-        batch_size=32,
+        batch_size=BATCH_SIZE,
         learning_rate=rate,
         warmup_steps=10,
         max_length=MAX_LENGTH,
@@ -220,9 +221,9 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
     parser.add_argument("--principles", nargs="+", default=list(PRINCIPLES), choices=PRINCIPLES)
     parser.add_argument("--backbone", help="test-bed SFT model; default: train a small one")
-    parser.add_argument("--pairs", type=int, default=600)
+    parser.add_argument("--pairs", type=int, default=2400)
     parser.add_argument("--test", type=int, default=1500)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="figures of no worth")
     options = parser.parse_args()
     torch.set_num_threads(1)

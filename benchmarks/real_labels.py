@@ -2,18 +2,24 @@
 
     python -m benchmarks.real_labels --hh test.jsonl.gz --finegrained dev_feedback.json [--backbone FOLDER]
 
-hh: one head, people's choice. Fine-grained QA feedback (Wu et al. 2023): people's choice among four answers, and per
-kind of error "the corrected answer is better", one head each. Split by prompt text. Without --backbone a small GPT-2
-with random weights is the trunk, so the figures say what labels alone give a tiny model, not what the method can reach.
-The last line is one JSON object of all figures.
+hh: one head, people's choice (with one head every full-weight topology is the same model: trained once). Fine-grained
+QA feedback (Wu et al. 2023): people's choice among four answers, and per kind of error "the corrected answer is
+better", one head each; the passages behind the answers are not shown. Split by prompt text. Where several learning
+rates or epochs are given, they are chosen per topology on a fifth of the training prompts; then the model is trained on
+all of them and the test prompts are scored once. Adapters learn at ten times the given rates. Beside the models: the
+longer response, length with the direction of the training pairs, and the slot that more training labels prefer. Without
+--backbone a small GPT-2 with random weights is the trunk, so the figures say what labels alone give a tiny model, not
+what the method can reach. One thread; CPU seconds of training. The last line is one JSON object of all figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +30,11 @@ import numpy as np
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config.inputs import LoraConfig, ScratchModel
 from morlaif_ray.config.preferring import PreferenceConfig
-from morlaif_ray.data.rewardbench import read_rewardbench
-from morlaif_ray.evaluation.statistics import mean_interval
+from morlaif_ray.data.files import read_rows
+from morlaif_ray.data.rewardbench import parse_rewardbench
+from morlaif_ray.data.rows import RowProblem
+from morlaif_ray.errors import ConfigError
+from morlaif_ray.evaluation.statistics import mean_interval, pearson
 from morlaif_ray.seeding import unit_interval
 from morlaif_ray.types import FloatArray
 
@@ -36,8 +45,13 @@ ERROR_HEADS = {
     "Wrong-Grounding": "grounding",
 }
 MISSING_HEAD = "completeness"
-TOPOLOGIES = ("separate", "adapters", "shared_trunk")
+TOPOLOGIES = ("separate", "shared_trunk", "late_branching", "adapters")
 TEST_SHARE = 0.3
+VALIDATION_SHARE = 0.2
+"""Of the training prompts."""
+ADAPTER_FACTOR = 10
+"""Adapters are trained at this many times the given learning rates."""
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -49,9 +63,26 @@ class LabelledPair:
     """Head -> 1.0 where the first response is better, 0.0 where the second."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    learning_rate: float
+    num_epochs: int
+
+    def __str__(self) -> str:
+        return f"{self.learning_rate:.0e} x {self.num_epochs}"
+
+
 def read_hh(path: Path) -> list[LabelledPair]:
-    pairs = read_rewardbench(str(path)).pairs
-    return [_shuffled(pair.prompt, pair.chosen, pair.rejected, [HUMAN]) for pair in pairs]
+    """Rows with an empty or an equal response are left out."""
+    found = []
+    for row in read_rows(path):
+        try:
+            pair, _ = parse_rewardbench(row.value)
+        except RowProblem:
+            continue
+        if pair.first != pair.second:
+            found.append(_shuffled(pair.prompt, pair.first, pair.second, [HUMAN]))
+    return found
 
 
 def read_finegrained(path: Path) -> list[LabelledPair]:
@@ -89,117 +120,228 @@ def is_test(pair: LabelledPair) -> bool:
     return unit_interval("real labels", pair.prompt) < TEST_SHARE
 
 
+def is_validation(pair: LabelledPair) -> bool:
+    """Of a training pair."""
+    return unit_interval("real labels validation", pair.prompt) < VALIDATION_SHARE
+
+
 def label_matrix(pairs: Sequence[LabelledPair], heads: Sequence[str]) -> FloatArray:
-    """Log-odds [N, H]: infinite for a person's choice, NaN where no one chose."""
+    """1, 0, or NaN where no one chose: [N, H]."""
     values = [[pair.labels.get(head, np.nan) for head in heads] for pair in pairs]
-    labels = np.array(values, dtype=np.float64)
-    return np.where(np.isnan(labels), np.nan, np.where(labels > 0.5, np.inf, -np.inf))
+    return np.array(values, dtype=np.float64).reshape(len(pairs), len(heads))
 
 
 def trainings(topology: str, heads: Sequence[str]) -> list[list[str]]:
-    return [list(heads)] if topology == "shared_trunk" else [[head] for head in heads]
+    together = topology in ("shared_trunk", "late_branching")
+    return [list(heads)] if together else [[head] for head in heads]
 
 
-def measure(
-    name: str,
-    pairs: Sequence[LabelledPair],
-    backbone: str,
-    config: PreferenceConfig,
-    topologies: Sequence[str],
-    limit: int,
-    say: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
-    """One record per topology and head."""
-    train = [pair for pair in pairs if not is_test(pair)][:limit]
-    test = [pair for pair in pairs if is_test(pair)]
-    heads = sorted({head for pair in train for head in pair.labels})
-    say(f"{name}: {len(train)} training pairs, {len(test)} test pairs, heads {', '.join(heads)}")
-    for topology in topologies:
-        started = time.process_time()
+class Bench:
+    """Trains on one data set; the backbone and what the options say are fixed."""
+
+    def __init__(
+        self, name: str, pairs: Sequence[LabelledPair], backbone: str, options: argparse.Namespace
+    ) -> None:
+        self.name = name
+        self.backbone = backbone
+        self.options = options
+        self.train = [pair for pair in pairs if not is_test(pair)][: options.limit]
+        self.test = [pair for pair in pairs if is_test(pair)]
+        self.heads = sorted({head for pair in self.train for head in pair.labels})
+        self.recipes = [
+            Recipe(rate, epochs)
+            for rate, epochs in itertools.product(options.rates, options.epochs)
+        ]
+
+    def records(self, topologies: Sequence[str], say: Say) -> Iterator[dict[str, Any]]:
+        """One record per topology and head, then those of the baselines."""
+        counts = Counter(head for pair in self.train for head in pair.labels)
+        shown = ", ".join(f"{head} {counts[head]}" for head in self.heads)
+        say(f"{self.name}: {len(self.train)} training pairs ({shown}), {len(self.test)} test pairs")
+        same: dict[str, Any] = {}
+        for topology in topologies:
+            full = topology != "adapters"
+            if full and len(self.heads) == 1 and same:
+                yield {**same, "topology": topology, "same_model_as": same["topology"]}
+                continue
+            try:
+                recipe, seen = self._choose(topology, say)
+                gaps, seconds = self._train(topology, recipe, self.train, self.test)
+            except ConfigError as error:
+                say(f"  {topology}: {error}")
+                continue
+            extra = {
+                "train_cpu_s": round(seconds, 1),
+                "learning_rate": recipe.learning_rate * (1 if full else ADAPTER_FACTOR),
+                "epochs": recipe.num_epochs,
+                "validation_accuracy": seen,
+            }
+            for head in self.heads:
+                record = self._record(topology, head, gaps[head]) | extra
+                same = record if full and not same else same
+                yield record
+        yield from self._baselines()
+
+    def _choose(self, topology: str, say: Say) -> tuple[Recipe, float | None]:
+        """The recipe with the best mean over heads of the accuracy on validation prompts, and that accuracy."""
+        if len(self.recipes) == 1:
+            return self.recipes[0], None
+        inside = [pair for pair in self.train if not is_validation(pair)]
+        outside = [pair for pair in self.train if is_validation(pair)]
+        found: list[float] = []
+        for recipe in self.recipes:
+            gaps, seconds = self._train(topology, recipe, inside, outside)
+            shares = [
+                np.nanmean(credit(gaps[head], label_matrix(outside, [head])[:, 0]))
+                for head in self.heads
+            ]
+            found.append(float(np.mean(shares)))
+            say(f"  {topology} {recipe}: {found[-1]:.3f} on validation, {seconds:.0f} CPU s")
+        best = int(np.argmax(found))
+        return self.recipes[best], round(found[best], 4)
+
+    def _train(
+        self,
+        topology: str,
+        recipe: Recipe,
+        train: Sequence[LabelledPair],
+        other: Sequence[LabelledPair],
+    ) -> tuple[dict[str, FloatArray], float]:
+        """(score differences of `other` by head, CPU seconds of training)."""
         gaps: dict[str, FloatArray] = {}
-        for columns in trainings(topology, heads):
-            gaps.update(_train_and_score(train, test, columns, backbone, config, topology))
-        seconds = time.process_time() - started
-        for head in heads:
-            yield _record(name, topology, head, gaps[head], test, seconds)
-    words = np.array([float(len(p.first.split()) - len(p.second.split())) for p in test])
-    for head in heads:
-        yield _record(name, "number_of_words", head, words, test, 0.0)
+        seconds = 0.0
+        for heads in trainings(topology, self.heads):
+            started = time.process_time()
+            model = self._fit(topology, recipe, train, heads)
+            seconds += time.process_time() - started
+            first, second = (
+                model.score_heads([dialogue_text(p.prompt, text) for p, text in side])
+                for side in (
+                    [(pair, pair.first) for pair in other],
+                    [(pair, pair.second) for pair in other],
+                )
+            )
+            gaps |= {head: first[:, at] - second[:, at] for at, head in enumerate(heads)}
+        return gaps, seconds
+
+    def _fit(
+        self, topology: str, recipe: Recipe, train: Sequence[LabelledPair], heads: Sequence[str]
+    ) -> Any:
+        from morlaif_ray.preference import PreferenceModel
+        from morlaif_ray.preference.training import TrainingData, train_preference_model
+
+        lora = LoraConfig() if topology == "adapters" else None
+        config = PreferenceConfig(
+            num_epochs=recipe.num_epochs,
+            learning_rate=recipe.learning_rate * (ADAPTER_FACTOR if lora else 1),
+            warmup_steps=10,
+            batch_size=16,
+            train_tokens_per_batch=4096,
+            max_length=self.options.max_length,
+            precision=self.options.precision,
+            centering=0.001,
+        )
+        own = [pair for pair in train if any(head in pair.labels for head in heads)]
+        model = PreferenceModel.from_backbone(
+            self.backbone,
+            heads,
+            max_length=config.max_length,
+            seed=self.options.seed,
+            lora=lora,
+            topology=topology,
+        )
+        labels = label_matrix(own, heads)
+        chosen = np.where(labels > 0.5, np.inf, -np.inf)
+        data = TrainingData(
+            [dialogue_text(pair.prompt, pair.first) for pair in own],
+            [dialogue_text(pair.prompt, pair.second) for pair in own],
+            np.where(np.isnan(labels), np.nan, chosen),
+            [f"{number}" for number in range(len(own))],
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            train_preference_model(
+                model,
+                data,
+                config,
+                seed=self.options.seed,
+                checkpoint_dir=Path(folder),
+                checkpoint_every=1 << 30,
+            )
+        return model
+
+    def _baselines(self) -> Iterator[dict[str, Any]]:
+        words_train, words = length_gaps(self.train), length_gaps(self.test)
+        for head in self.heads:
+            labels = label_matrix(self.train, [head])[:, 0]
+            longer = np.sign(np.nanmean(credit(words_train, labels)) - 0.5)
+            slot = np.full(len(self.test), np.sign(np.nanmean(labels) - 0.5))
+            yield self._record("longer_response", head, words)
+            yield self._record("length_as_in_training", head, words * longer)
+            yield self._record("majority_slot", head, slot)
+
+    def _record(self, topology: str, head: str, gap: FloatArray) -> dict[str, Any]:
+        labels = label_matrix(self.test, [head])[:, 0]
+        groups = [pair.prompt for pair in self.test]
+        share = mean_interval(credit(gap, labels), groups_N=groups, num_resamples=2000)
+        present = ~np.isnan(labels)
+        with_length = pearson(gap[present], length_gaps(self.test)[present])
+        return {
+            "data": self.name,
+            "topology": topology,
+            "head": head,
+            "accuracy": round(share.value, 4),
+            "low": round(share.low, 4),
+            "high": round(share.high, 4),
+            "length_correlation": None if np.isnan(with_length) else round(with_length, 3),
+            "num_pairs": int(present.sum()),
+            "num_prompts": share.num,
+        }
 
 
-def _train_and_score(
-    train: Sequence[LabelledPair],
-    test: Sequence[LabelledPair],
-    heads: list[str],
-    backbone: str,
-    config: PreferenceConfig,
-    topology: str,
-) -> dict[str, FloatArray]:
-    from morlaif_ray.preference import PreferenceModel
-    from morlaif_ray.preference.training import TrainingData, train_preference_model
-
-    lora = LoraConfig() if topology == "adapters" else None
-    own = [pair for pair in train if any(head in pair.labels for head in heads)]
-    model = PreferenceModel.from_backbone(
-        backbone, heads, max_length=config.max_length, seed=1, lora=lora
-    )
-    data = TrainingData(
-        [dialogue_text(pair.prompt, pair.first) for pair in own],
-        [dialogue_text(pair.prompt, pair.second) for pair in own],
-        label_matrix(own, heads),
-        [f"{number}" for number in range(len(own))],
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        train_preference_model(model, data, config, seed=1, checkpoint_dir=Path(folder))
-    first = model.score_heads([dialogue_text(pair.prompt, pair.first) for pair in test])
-    second = model.score_heads([dialogue_text(pair.prompt, pair.second) for pair in test])
-    return {head: first[:, at] - second[:, at] for at, head in enumerate(heads)}
+def credit(gap: FloatArray, labels: FloatArray) -> FloatArray:
+    """1 where the gap has the label's sign, 0.5 where it is 0, NaN where no one chose."""
+    right = 0.5 * (1.0 + np.sign(gap) * np.sign(2.0 * labels - 1.0))
+    return np.where(np.isnan(labels), np.nan, right)
 
 
-def _record(
-    data: str,
-    topology: str,
-    head: str,
-    gap: FloatArray,
-    test: Sequence[LabelledPair],
-    seconds: float,
-) -> dict[str, Any]:
-    labels = np.array([pair.labels.get(head, np.nan) for pair in test], dtype=np.float64)
-    credit = np.where(np.isnan(labels), np.nan, 0.5 * (1.0 + np.sign(gap) * (2.0 * labels - 1.0)))
-    share = mean_interval(credit, groups_N=[pair.prompt for pair in test], num_resamples=2000)
-    return {
-        "data": data,
-        "topology": topology,
-        "head": head,
-        "accuracy": round(share.value, 4),
-        "low": round(share.low, 4),
-        "high": round(share.high, 4),
-        "num_pairs": int((~np.isnan(labels)).sum()),
-        "num_prompts": share.num,
-        "train_cpu_s": round(seconds, 1),
-    }
+def length_gaps(pairs: Sequence[LabelledPair]) -> FloatArray:
+    """Words of the first response minus words of the second."""
+    return np.array([float(len(p.first.split()) - len(p.second.split())) for p in pairs])
 
 
-def scratch_backbone(texts: Sequence[str], folder: Path, max_length: int) -> str:
+def scratch_backbone(texts: Sequence[str], folder: Path, options: argparse.Namespace) -> str:
     """A small GPT-2 with random weights and a word-level tokenizer of these texts."""
     from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save_pretrained
 
-    tokenizer = build_word_tokenizer(texts, vocabulary_size=6000, max_length=max_length)
-    size = ScratchModel(width=64, num_layers=2, num_heads=4, max_length=max_length)
+    tokenizer = build_word_tokenizer(texts, vocabulary_size=6000, max_length=options.max_length)
+    size = ScratchModel(
+        width=options.width,
+        num_layers=options.layers,
+        num_heads=4,
+        max_length=options.max_length,
+    )
     save_pretrained(build_scratch_model(size, tokenizer, seed=1), tokenizer, folder)
     return str(folder)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_labels", description=__doc__)
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real_labels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--hh", type=Path, help="hh-rlhf dialogues with chosen and rejected")
     parser.add_argument("--finegrained", type=Path, help="dev_feedback.json of qa-feedback")
-    parser.add_argument("--backbone", help="folder or hub id of a causal LM; default: random")
+    parser.add_argument("--backbone", help="folder or hub id of a causal LM or an encoder")
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
-    parser.add_argument("--limit", type=int, default=1000, help="training pairs of each data set")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=2000, help="training pairs of each data set")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--width", type=int, default=64, help="of the random GPT-2")
+    parser.add_argument("--layers", type=int, default=2, help="of the random GPT-2")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     data = {}
     if options.hh:
@@ -208,28 +350,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data["finegrained"] = read_finegrained(options.finegrained)
     if not data:
         parser.error("give --hh FILE, --finegrained FILE, or both")
-    config = PreferenceConfig(
-        num_epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        warmup_steps=10,
-        max_length=options.max_length,
-    )
+    return options, data
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    import torch
+    import transformers
+
+    options, data = _parse(arguments)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, pairs in data.items():
             texts = [dialogue_text(p.prompt, p.first) for p in pairs if not is_test(p)]
-            backbone = options.backbone or scratch_backbone(
-                texts, Path(folder, name), options.max_length
-            )
-            for record in measure(
-                name, pairs, backbone, config, options.topologies, options.limit, print
-            ):
+            backbone = options.backbone or scratch_backbone(texts, Path(folder, name), options)
+            for record in Bench(name, pairs, backbone, options).records(options.topologies, say):
                 records.append(record)
-                print(
-                    f"  {record['topology']:>16} {record['head']:>14} {record['accuracy']:.3f} "
-                    f"[{record['low']:.3f}, {record['high']:.3f}] on {record['num_pairs']} pairs"
+                say(
+                    f"  {record['topology']:>21} {record['head']:>12} {record['accuracy']:.3f} "
+                    f"[{record['low']:.3f}, {record['high']:.3f}] on {record['num_pairs']} pairs, "
+                    f"with length {record['length_correlation']}, {record.get('train_cpu_s', 0)} CPU s"
                 )
-    print(json.dumps({"backbone": options.backbone or "scratch", "accuracy": records}))
+    settings = {
+        name: getattr(options, name)
+        for name in ("limit", "rates", "epochs", "max_length", "precision", "seed")
+    }
+    scratch = f"random GPT-2, {options.layers} x {options.width}"
+    print(json.dumps({"backbone": options.backbone or scratch, **settings, "accuracy": records}))
     return 0
 
 

@@ -10,12 +10,18 @@ from morlaif_ray.backbone.dialogue import (
     ASSISTANT,
     HUMAN,
     dialogue_text,
+    encode_framed_texts,
     encode_prompt,
     encode_scored_text,
     encode_scored_texts,
     with_leading_space,
 )
-from morlaif_ray.backbone.tokenizers import build_word_tokenizer, load_tokenizer
+from morlaif_ray.backbone.tokenizers import (
+    build_word_tokenizer,
+    load_tokenizer,
+    require_eos,
+    require_frame,
+)
 
 __all__ = [
     "ASSISTANT",
@@ -23,12 +29,15 @@ __all__ = [
     "build_scratch_model",
     "build_word_tokenizer",
     "dialogue_text",
+    "encode_framed_texts",
     "encode_prompt",
     "encode_scored_text",
     "encode_scored_texts",
     "load_causal_lm",
     "load_tokenizer",
     "load_whole",
+    "require_eos",
+    "require_frame",
     "save_pretrained",
     "with_leading_space",
 ]

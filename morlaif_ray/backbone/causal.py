@@ -50,11 +50,11 @@ def load_causal_lm(path: str, *, dtype: str = "float32", revision: str | None = 
 
 
 def load_whole(
-    loader: Any, path: str, what: str, *, fresh: str | None = None, **options: Any
+    loader: Any, path: str, what: str, *, fresh: str | tuple[str, ...] | None = None, **options: Any
 ) -> Any:
     """`loader.from_pretrained` without pickle or remote code; ArtifactError where it fails or a weight is absent.
 
-    transformers fills absent weights with random numbers; here only those whose name begins with `fresh` may be.
+    transformers fills absent weights with random numbers; here only names that begin with `fresh` may be.
     """
     try:
         model, info = loader.from_pretrained(

@@ -1,7 +1,8 @@
 """The one template: how a dialogue becomes text and tokens, the same for training, scoring and serving.
 
 A prompt ends with "\\n\\nAssistant:", a response begins with a space, and their concatenation is the dialogue.
-Truncation keeps the end. A scored text always ends with EOS, whose hidden state carries the score.
+Truncation keeps the end. A text scored by a decoder always ends with EOS, whose hidden state carries the score; an
+encoder's text stands between its [CLS] and [SEP].
 """
 
 from __future__ import annotations
@@ -43,6 +44,17 @@ def encode_scored_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -
         chunk = list(texts[start : start + TOKENIZER_CHUNK])
         for ids in tokenizer(chunk, add_special_tokens=True)["input_ids"]:
             rows.append([*_end_of(ids, max_length - 1), tokenizer.eos_token_id])
+    return rows
+
+
+def encode_framed_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of whole dialogues for an encoder: [CLS], the end of the dialogue, [SEP]; at most `max_length`."""
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), TOKENIZER_CHUNK):
+        chunk = list(texts[start : start + TOKENIZER_CHUNK])
+        for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+            rows.append([first, *_end_of(ids, max_length - 2), last])
     return rows
 
 

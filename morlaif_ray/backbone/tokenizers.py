@@ -40,8 +40,11 @@ def build_word_tokenizer(texts: Iterable[str], *, vocabulary_size: int, max_leng
     )
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> Any:
-    """The tokenizer of a saved or pretrained model; pad falls back to eos. ArtifactError when there is none."""
+def load_tokenizer(path: str, revision: str | None = None, *, encoders: bool = False) -> Any:
+    """The tokenizer of a saved or pretrained model; pad falls back to eos. ArtifactError when there is none.
+
+    With `encoders` one that begins texts with [CLS] and ends them with [SEP], as encoders have, needs no EOS.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(path)
@@ -54,8 +57,30 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
             f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "
             f"give a folder saved by save_pretrained or a reachable model id"
         ) from None
+    if tokenizer.eos_token_id is None and not (encoders and _frames_texts(tokenizer)):
+        require_eos(path, tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
+    return tokenizer
+
+
+def require_eos(path: str, tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
         raise ArtifactError(f"{path}: the tokenizer has no EOS token; add one and save it again")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+
+
+def require_frame(path: str, tokenizer: Any) -> None:
+    """ArtifactError where a tokenizer does not write texts as encoders read them."""
+    if not _frames_texts(tokenizer):
+        raise ArtifactError(
+            f"{path}: the tokenizer of an encoder must begin a text with its [CLS] and end it with its [SEP] token; "
+            f"take the tokenizer that belongs to the backbone"
+        )
+
+
+def _frames_texts(tokenizer: Any) -> bool:
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if first is None or last is None:
+        return False
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids[0] == first and ids[-1] == last)

@@ -138,6 +138,10 @@ class AdapterBank:
                     f"{card.backbone}, max_length {card.max_length}; a bank needs one backbone"
                 )
             check_adapter_files(Path(folder), other)
+        if card.encoder_head is not None:
+            from morlaif_ray.preference.encoder_bank import EncoderBank
+
+            return EncoderBank.of(cards)
         classifier = load_whole(
             AutoModelForSequenceClassification,
             str(card.backbone),
@@ -149,12 +153,16 @@ class AdapterBank:
         check_backbone(Path(first), card, classifier)
         tokenizer = load_tokenizer(first)
         classifier.config.pad_token_id = tokenizer.pad_token_id
-        parts = [_read_adapter(Path(folder)) for folder in cards]
+        parts = [read_adapter(Path(folder)) for folder in cards]
         chosen = Chosen(len(parts))
-        places = _stack(classifier, [layers for layers, _ in parts], list(cards), chosen)
+        places = stack(classifier, [layers for layers, _ in parts], list(cards), chosen)
         tail = _tile_above(classifier, places, chosen)
         classifier.eval()
-        return cls(classifier, tokenizer, cards, [head for _, head in parts], chosen, tail)
+        heads = [head[f"{HEAD}.weight"] for _, head in parts]
+        return cls(classifier, tokenizer, cards, heads, chosen, tail)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return encode_scored_texts(self.tokenizer, texts, self.max_length)
 
     def forward(self, ids: Sequence[Sequence[int]], folders: Sequence[str]) -> list[Tensor]:
         """Scores [B, H] per folder, in the order of `folders`."""
@@ -196,7 +204,7 @@ class AdapterBank:
         A score may be non-finite: the caller says what that means.
         """
         wanted = list(self.cards) if folders is None else list(folders)
-        ids = encode_scored_texts(self.tokenizer, texts, self.max_length)
+        ids = self.encode(texts)
         scores = {
             folder: np.empty((len(ids), len(self.cards[folder].heads)), dtype=np.float64)
             for folder in wanted
@@ -210,11 +218,11 @@ class AdapterBank:
 
 
 def _basis(card: Card) -> tuple[Any, ...]:
-    return card.backbone, card.backbone_fingerprint, card.max_length, card.dtype
+    return card.backbone, card.backbone_fingerprint, card.max_length, card.dtype, card.template
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """({module: (A [R, I], B [O, R] with the scaling in it)}, score head [H, D]) of a PEFT LoRA folder."""
+def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """({module: (A [R, I], B [O, R] with the scaling in it)}, the score head's tensors) of a PEFT LoRA folder."""
     path = folder / "adapter_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -233,18 +241,18 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], Tenso
         )
     scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     stored = load_file(folder / ADAPTER_WEIGHTS)
-    heads = [value for name, value in stored.items() if _is_head(name)]
+    heads = {
+        name.removeprefix(PREFIX): value for name, value in stored.items() if ".lora_" not in name
+    }
     down = _side(stored, "lora_A")
     up = _side(stored, "lora_B")
-    if set(down) != set(up) or len(heads) != 1 or 2 * len(down) + 1 != len(stored):
+    card = read_card(folder)
+    expected = {f"{HEAD}.weight"} if card.encoder_head is None else set(card.encoder_head)
+    if set(down) != set(up) or set(heads) != expected or 2 * len(down) + len(heads) != len(stored):
         raise ArtifactError(
             f"{folder / ADAPTER_WEIGHTS}: tensors that no LoRA adapter with a score head has; train the model again"
         )
-    return {name: (down[name], up[name] * scaling) for name in down}, heads[0]
-
-
-def _is_head(name: str) -> bool:
-    return name.startswith(f"{PREFIX}{HEAD}.") and name.endswith("weight")
+    return {name: (down[name], up[name] * scaling) for name in down}, heads
 
 
 def _side(stored: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
@@ -256,7 +264,7 @@ def _side(stored: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
     }
 
 
-def _stack(
+def stack(
     classifier: Any,
     adapters: Sequence[Mapping[str, tuple[Tensor, Tensor]]],
     folders: Sequence[str],

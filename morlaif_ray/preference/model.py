@@ -2,7 +2,8 @@
 
 Saved as a Hugging Face sequence-classification folder (`num_labels` = heads, `id2label` = their names), so plain
 transformers or PEFT load it too; `preference_model.json` adds what scoring needs to be the same everywhere. With
-branches (`branching.py`) there is such a folder per head, above one shared file.
+branches (`branching.py`) there is such a folder per head, above one shared file. `encoders.py`: what BERT and its like
+do otherwise.
 Legend: B texts, H heads, L tokens, D width.
 """
 
@@ -17,10 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from morlaif_ray.backbone import encode_scored_texts, load_tokenizer, load_whole
+from morlaif_ray.backbone import (
+    encode_framed_texts,
+    encode_scored_texts,
+    load_tokenizer,
+    load_whole,
+    require_eos,
+    require_frame,
+)
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.errors import ArtifactError, NumericalError
 from morlaif_ray.length_groups import cheapest_groups, pass_overhead_tokens
+from morlaif_ray.preference import encoders
 from morlaif_ray.preference.batching import length_batches, padded
 from morlaif_ray.preference.branching import (
     HEAD,
@@ -57,6 +66,7 @@ class PreferenceModel:
         self.tokenizer = tokenizer
         self.heads = tuple(heads)
         self.max_length = max_length
+        self.is_encoder = encoders.is_encoder(_classifier(model))
         self.tokens_per_batch: int | None = None
         """Most tokens, padding included, of one pass of `forward`; None: one pass, padded to the longest."""
         self.last_block_at_end = False
@@ -75,27 +85,28 @@ class PreferenceModel:
         topology: str = "separate",
         branch_blocks: int | None = None,
     ) -> PreferenceModel:
-        """A new preference model on a causal LM's trunk; the score heads start at small seeded values.
+        """A new preference model on the trunk of a causal LM or an encoder; score heads start at small seeded values.
 
         `late_branching` gives every head its own last `branch_blocks` blocks (None: a quarter): copies, or with `lora`
         adapters there alone. Copies for a single head would be a plain model, and are one.
         """
         from transformers import AutoModelForSequenceClassification
 
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, encoders=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed % (1 << 62))
             model = load_whole(
                 AutoModelForSequenceClassification,
                 path,
                 "backbone",
-                fresh=HEAD,
+                fresh=(HEAD, *encoders.FRESH),
                 problem_type="regression",
                 dtype=getattr(torch, dtype),
                 **_labels(heads),
             )
+            (require_frame if encoders.is_encoder(model) else require_eos)(path, tokenizer)
             model.config.pad_token_id = tokenizer.pad_token_id
-            limit = getattr(model.config, "max_position_embeddings", None) or max_length
+            limit = encoders.num_positions(model) or max_length
             late = topology == "late_branching" and (len(heads) > 1 or lora is not None)
             if lora is not None:
                 model = _with_adapters(model, lora, late=late, branch_blocks=branch_blocks)
@@ -108,7 +119,7 @@ class PreferenceModel:
         """Loads a saved folder; ArtifactError where a part is missing, or an adapter's backbone is another one."""
         folder = Path(folder)
         card = read_card(folder)
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), encoders=card.encoder_head is not None)
         model = _load_classifier(folder, card)
         model.eval()
         return cls(model, tokenizer, card.heads, card.max_length)
@@ -128,20 +139,22 @@ class PreferenceModel:
         card = Card(
             heads=list(self.heads),
             max_length=self.max_length,
-            template=TEMPLATE,
+            template=encoders.TEMPLATE if self.is_encoder else TEMPLATE,
             dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
             adapter=adapted,
             backbone=settings.base_model_name_or_path if settings is not None else None,
             backbone_fingerprint=backbone_fingerprint(inner) if adapted else None,
             branch_blocks=None if tail is None else len(tail.branches[0]),  # type: ignore[arg-type]
+            encoder_head=encoders.head_tensors(inner) if self.is_encoder else None,
         )
         write_card(folder, card)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return encode_scored_texts(self.tokenizer, texts, self.max_length)
+        encode = encode_framed_texts if self.is_encoder else encode_scored_texts
+        return encode(self.tokenizer, texts, self.max_length)
 
     def forward(self, ids: Sequence[Sequence[int]], heads: Sequence[int] | None = None) -> Tensor:
-        """Scores [B, H] of token id lists, at the last real token of each (padding never matters).
+        """Scores [B, H] of token id lists, of a decoder at the last real token of each (padding never matters).
 
         `heads` (default all) chooses the columns; a branch that is not wanted is not computed. With
         `tokens_per_batch` set, texts of similar length share a pass and the rows come back in order.
@@ -158,6 +171,9 @@ class PreferenceModel:
         device = next(self.model.parameters()).device
         tokens_BL, mask_BL = padded(ids, self.tokenizer.pad_token_id, device)
         inner = _classifier(self.model)
+        if self.is_encoder:
+            logits_BH: Tensor = inner(input_ids=tokens_BL, attention_mask=mask_BL).logits.float()
+            return logits_BH if heads is None else logits_BH[:, list(heads)]
         last_B = last_true_index(mask_BL.bool())
         tail = tail_of(inner)
         if tail is not None:
@@ -239,7 +255,7 @@ def _with_adapters(model: Any, lora: LoraConfig, *, late: bool, branch_blocks: i
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        modules_to_save=[HEAD],
+        modules_to_save=encoders.head_modules(model) if encoders.is_encoder(model) else [HEAD],
     )
     return get_peft_model(model, settings)
 
@@ -278,7 +294,11 @@ def _load_classifier(folder: Path, card: Card) -> Any:
 
     check_adapter_files(folder, card)
     model = load_whole(
-        AutoModelForSequenceClassification, str(card.backbone), "backbone", fresh=HEAD, **options
+        AutoModelForSequenceClassification,
+        str(card.backbone),
+        "backbone",
+        fresh=HEAD if card.encoder_head is None else encoders.FRESH,
+        **options,
     )
     check_backbone(folder, card, model)
     return PeftModel.from_pretrained(model, folder)
@@ -308,9 +328,8 @@ def _check_stored_heads(folder: Path, card: Card) -> None:
     """A damaged or sharded file is left to the loader, which names it."""
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as stored:
-            name = f"{HEAD}.weight"
-            if name in stored.keys():  # noqa: SIM118 (not a dict)
-                check_num_heads(folder, card, stored.get_slice(name).get_shape()[0])
+            if card.output in stored.keys():  # noqa: SIM118 (not a dict)
+                check_num_heads(folder, card, stored.get_slice(card.output).get_shape()[0])
     except (OSError, SafetensorError):
         return
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from morlaif_ray.errors import ArtifactError
+from morlaif_ray.preference import encoders
 from morlaif_ray.preference.branching import HEAD
 
 CARD = "preference_model.json"
@@ -40,6 +41,16 @@ class Card:
     """`backbone_fingerprint` of the backbone under an adapter; None: full weights, or a folder of an older version."""
     branch_blocks: int | None = None
     """Blocks of each branch of a late-branching model; None: not branched."""
+    encoder_head: Sequence[str] | None = None
+    """Names of the score head's tensors of an encoder; None: a decoder, whose head is `score.weight`."""
+
+    @property
+    def output(self) -> str:
+        """Name of the weight with a row per head."""
+        names = [
+            name for name in self.encoder_head or () if name.rpartition(".")[0] in encoders.OUTPUTS
+        ]
+        return next((name for name in names if name.endswith(".weight")), f"{HEAD}.weight")
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -55,9 +66,10 @@ def read_card(folder: Path) -> Card:
         raise ArtifactError(f"{folder}: not a preference model ({CARD} is missing)") from None
     except (ValueError, TypeError):
         raise ArtifactError(f"{path}: damaged; train the model again") from None
-    if card.template != TEMPLATE:
+    expected = TEMPLATE if card.encoder_head is None else encoders.TEMPLATE
+    if card.template != expected:
         raise ArtifactError(
-            f"{folder}: made with template {card.template!r}, this version uses {TEMPLATE!r}"
+            f"{folder}: made with template {card.template!r}, this version uses {expected!r}"
         )
     return card
 
@@ -68,8 +80,11 @@ def backbone_fingerprint(classifier: Any) -> str:
     A sample of the values, not all of them: cheap at any size, and training leaves no tensor's sample as it was.
     """
     digest = hashlib.sha256()
+    heads: tuple[str, ...] = (HEAD,)
+    if encoders.is_encoder(classifier):
+        heads = tuple(f"{name}." for name in encoders.head_modules(classifier))
     for name, value in sorted(classifier.named_parameters()):
-        if name.startswith(HEAD) or "lora_" in name:
+        if name.startswith(heads) or "lora_" in name:
             continue
         flat = value.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLED_VALUES)
@@ -97,14 +112,18 @@ def check_adapter_files(folder: Path, card: Card) -> None:
         raise ArtifactError(f"{folder}: {ADAPTER_WEIGHTS} is missing; train the model again")
     try:
         with safe_open(weights, framework="pt") as stored:
+            names = set(stored.keys())
             heads = {
                 name: stored.get_slice(name).get_shape()[0]
-                for name in stored.keys()  # noqa: SIM118 (not a dict)
-                if f".{HEAD}." in name and name.endswith("weight")
+                for name in names
+                if name.endswith(f".{card.output}")
             }
     except SafetensorError as error:
         raise ArtifactError(f"{weights}: damaged ({error}); train the model again") from None
-    if not heads:
+    absent = [
+        name for name in card.encoder_head or () if not any(n.endswith(f".{name}") for n in names)
+    ]
+    if not heads or absent:
         raise ArtifactError(
             f"{folder}: the score head is missing beside the adapter; train the model again"
         )

@@ -51,6 +51,11 @@ def shard(model: PreferenceModel, ranks: Ranks) -> None:
     """
     if not ranks.sharded:
         return
+    if model.is_encoder:
+        raise ConfigError(
+            "preference.workers_per_trial above 1 shards decoders, and preference.backbone is an encoder; "
+            "write workers_per_trial: 1"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

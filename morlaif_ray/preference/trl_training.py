@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from morlaif_ray.config.preferring import PreferenceConfig
-from morlaif_ray.errors import NumericalError, ResourceError
+from morlaif_ray.errors import ConfigError, NumericalError, ResourceError
 from morlaif_ray.preference.labels import targets
 from morlaif_ray.preference.model import PreferenceModel
 from morlaif_ray.preference.stepping import MAX_GRAD_NORM, autocast_dtype, is_out_of_memory
@@ -84,11 +84,17 @@ def train_with_trl(
     Raises:
         NumericalError: loss or gradient not finite, with the pairs of the batch (also in `failed_batch.json`).
         ResourceError: memory runs out with a micro-batch of one pair.
+        ConfigError: the backbone is an encoder.
     """
     micro = config.microbatch_size or config.batch_size
     while True:
         run: _Run | None = None
         model = build()
+        if model.is_encoder:
+            raise ConfigError(
+                "preference.trainer is 'trl', which reads the score at the last token, and preference.backbone is an "
+                "encoder; write trainer: own"
+            )
         pairs = preferred_first(model, data)
         lengths = np.array(
             [max(len(a), len(b)) for a, b in zip(pairs.chosen_ids, pairs.rejected_ids, strict=True)]
