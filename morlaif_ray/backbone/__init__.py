@@ -2,6 +2,7 @@
 
 from morlaif_ray.backbone.causal import (
     build_scratch_model,
+    decoder_layers,
     load_causal_lm,
     load_whole,
     save_pretrained,
@@ -22,6 +23,7 @@ __all__ = [
     "HUMAN",
     "build_scratch_model",
     "build_word_tokenizer",
+    "decoder_layers",
     "dialogue_text",
     "encode_prompt",
     "encode_scored_text",

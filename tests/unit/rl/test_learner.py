@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from morlaif_ray.backbone import load_tokenizer
+from morlaif_ray.backbone import decoder_layers, load_tokenizer
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import ArtifactError, NumericalError
 from morlaif_ray.rl import PPOLearner
-from morlaif_ray.rl.policy_model import decoder_layers
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import RolloutBatch, UpdateMetrics
 from tests.unit.rl import slow_reference
