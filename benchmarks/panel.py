@@ -198,6 +198,7 @@ def testbed_texts(num: int) -> list[str]:
 def measure_costs(size: Size, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from benchmarks.panel_adapters import measure_adapters
     from morlaif_ray.preference import PreferenceModel
 
     backbone = make_backbone(size, folder / "backbone")
@@ -232,74 +233,8 @@ def measure_costs(size: Size, folder: Path, options: argparse.Namespace) -> dict
         "late_branch_time_ratio_wall": spent.wall_ratio("late", "one"),
         "one_forward_cpu_s": round(spent.cpu_s["one"], 4),
         "one_forward_share_of_peak": round(flops / spent.cpu_s["one"] / 1e9 / peak, 3),
-        **measure_adapters(backbone, names, folder, options),
+        **measure_adapters(backbone, names, folder, options.repetitions),
     }
-
-
-def measure_adapters(
-    backbone: str, names: Sequence[str], folder: Path, options: argparse.Namespace
-) -> dict[str, Any]:
-    """The bank against PEFT: switching one adapter at a time, and PEFT's own mixed batch."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
-    from morlaif_ray.config.inputs import LoraConfig
-    from morlaif_ray.preference import AdapterBank, PreferenceModel
-    from morlaif_ray.preference.batching import padded
-
-    folders = [str(folder / name) for name in names]
-    for index, path in enumerate(folders):
-        model = PreferenceModel.from_backbone(
-            backbone, [names[index]], max_length=512, seed=index, lora=LoraConfig()
-        )
-        torch.manual_seed(index)
-        with torch.no_grad():
-            for name, parameter in model.model.named_parameters():
-                if "lora_B" in name:  # zero at the start
-                    parameter.normal_(std=0.02)
-        model.save(path)
-    bank = AdapterBank.load(folders)
-    plain = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
-    plain.config.pad_token_id = bank.tokenizer.pad_token_id
-    peft = PeftModel.from_pretrained(plain, folders[0], adapter_name=names[0])
-    for name, path in zip(names[1:], folders[1:], strict=True):
-        peft.load_adapter(path, adapter_name=name)
-    peft.eval()
-
-    def switched(batch: Mapping[str, Any]) -> Any:
-        columns = []
-        for name in names:
-            peft.set_adapter(name)
-            columns.append(peft(**batch).logits[:, 0])
-        return torch.stack(columns, dim=1)
-
-    def mixed(batch: Mapping[str, Any], num: int) -> Any:
-        rows = {key: value.repeat(len(names), 1) for key, value in batch.items()}
-        labels = [name for name in names for _ in range(num)]
-        return peft(**rows, adapter_names=labels).logits
-
-    figures: dict[str, Any] = {}
-    with torch.no_grad():
-        for size in (1, 8) if options.quick else (1, 8, 32):
-            encoded = PreferenceModel.encode(bank, testbed_texts(size))  # type: ignore[arg-type]
-            tokens, mask = padded(encoded, bank.tokenizer.pad_token_id, "cpu")
-            batch = {"input_ids": tokens, "attention_mask": mask}
-            spent = in_turns(
-                {
-                    "bank": lambda ids=encoded: bank.forward(ids, folders),
-                    "switched": lambda rows=batch: switched(rows),
-                    "mixed": lambda rows=batch, num=size: mixed(rows, num),
-                },
-                options.repetitions,
-            )
-            figures[f"adapters_speedup_batch{size}"] = spent.ratio("switched", "bank")
-            figures[f"adapters_speedup_batch{size}_wall"] = spent.wall_ratio("switched", "bank")
-            figures[f"adapters_speedup_vs_peft_mixed_batch{size}"] = spent.ratio("mixed", "bank")
-            ours = torch.cat(bank.forward(encoded, folders), dim=1)
-            gap = float((ours - switched(batch)).abs().max())
-            figures["adapters_max_abs_diff"] = max(figures.get("adapters_max_abs_diff", 0.0), gap)
-    return figures
 
 
 # ---------------------------------------------------------------- lengths

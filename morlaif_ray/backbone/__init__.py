@@ -2,6 +2,7 @@
 
 from morlaif_ray.backbone.causal import (
     build_scratch_model,
+    decoder_layers,
     load_causal_lm,
     load_whole,
     save_pretrained,
@@ -28,6 +29,7 @@ __all__ = [
     "HUMAN",
     "build_scratch_model",
     "build_word_tokenizer",
+    "decoder_layers",
     "dialogue_text",
     "encode_framed_texts",
     "encode_prompt",

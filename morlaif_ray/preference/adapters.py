@@ -1,9 +1,9 @@
 """Many LoRA adapters on one backbone, scored in one batched pass.
 
-The backbone is loaded once. A batch of B texts becomes K*B rows, adapter by adapter; every adapted linear layer adds
-the K low-rank terms with two batched products, so the backbone's own products are K times larger and K times fewer.
-Where the adapters begin above the first block, the blocks below them are computed once for all K.
-Legend: B texts, K adapters, L tokens, I and O widths of a layer, R rank, D width, H heads.
+The backbone is loaded once. The texts of a batch lie one behind another without padding (`packing.py`), once per
+adapter, as many adapters at a time as a CPU's caches hold (`stacked.py`). What the adapters share is computed once: the
+embeddings and the blocks below the first adapted one. Backbones whose attention is not known are padded instead, K*B
+rows. Legend: B texts, K adapters, L tokens, I and O widths of a layer, R rank, D width, H heads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from morlaif_ray.backbone import encode_scored_texts, load_tokenizer, load_whole
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.preference.batching import length_batches, padded
-from morlaif_ray.preference.branching import HEAD, Tail, end_states, layout_of
+from morlaif_ray.preference.branching import HEAD, end_states, layout_of
+from morlaif_ray.preference.packing import can_pack, packed, use_packing
 from morlaif_ray.preference.saved import (
     ADAPTER_WEIGHTS,
     Card,
@@ -31,74 +32,12 @@ from morlaif_ray.preference.saved import (
     check_backbone,
     read_card,
 )
+from morlaif_ray.preference.stacked import Chosen, PackedTail, StackedLora
 from morlaif_ray.tensor_ops import last_true_index
 from morlaif_ray.types import FloatArray
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
-
-
-class Chosen:
-    """The adapters of the pass under way, shared by all stacked layers of a bank."""
-
-    def __init__(self, num_adapters: int) -> None:
-        self.rows = list(range(num_adapters))
-
-
-class StackedLora(nn.Module):
-    """A linear layer whose input rows are K*B, adapter by adapter: x W + (x A_k) B_k in two batched products."""
-
-    def __init__(self, base: nn.Module, down_KIR: Tensor, up_KRO: Tensor, chosen: Chosen) -> None:
-        super().__init__()
-        self.base = base
-        self.down_KIR = nn.Parameter(down_KIR, requires_grad=False)
-        self.up_KRO = nn.Parameter(up_KRO, requires_grad=False)
-        self._chosen = chosen
-
-    def forward(self, rows: Tensor) -> Tensor:
-        plain: Tensor = self.base(rows)
-        down_KIR: Tensor = self.down_KIR
-        up_KRO: Tensor = self.up_KRO
-        if self._chosen.rows != list(range(len(down_KIR))):  # fewer, or in another order
-            down_KIR, up_KRO = down_KIR[self._chosen.rows], up_KRO[self._chosen.rows]
-        num_adapters = len(down_KIR)
-        # As PEFT does: a bfloat16 backbone under float32 adapters keeps the low-rank term in float32.
-        inner = torch.bmm(
-            rows.reshape(num_adapters, -1, rows.shape[-1]).to(down_KIR.dtype), down_KIR
-        )
-        flat = plain.reshape(num_adapters, -1, plain.shape[-1])
-        if flat.dtype == up_KRO.dtype:
-            return torch.baddbmm(flat, inner, up_KRO).view(plain.shape)
-        return flat.add(torch.bmm(inner, up_KRO).to(flat.dtype)).view(plain.shape)
-
-
-class TiledTail(Tail):
-    """The blocks from the first adapted one on: rows and their arguments are repeated K times here, once."""
-
-    def __init__(self, blocks: Sequence[nn.Module], norm: nn.Module, chosen: Chosen) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-        self._chosen = chosen
-
-    def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        times, batch = len(self._chosen.rows), len(hidden_BLD)
-        rows = hidden_BLD.repeat(times, 1, 1)
-        tiled_args = [_tiled(value, batch, times) for value in args]
-        tiled_kwargs = {name: _tiled(value, batch, times) for name, value in kwargs.items()}
-        last = self.last_B.repeat(times)
-        states = self.norm(self.run(list(self.blocks), rows, last, *tiled_args, **tiled_kwargs))
-        self.states = list(states.view(times, batch, -1))
-        return hidden_BLD
-
-
-def _tiled(value: Any, batch: int, times: int) -> Any:
-    """Repeats what has a row per text; what has one row for all texts broadcasts as it is."""
-    if isinstance(value, Tensor) and value.ndim > 1 and batch > 1 and len(value) == batch:
-        return value.repeat(times, *([1] * (value.ndim - 1)))
-    if isinstance(value, tuple):
-        return tuple(_tiled(item, batch, times) for item in value)
-    return value
 
 
 class AdapterBank:
@@ -111,7 +50,7 @@ class AdapterBank:
         cards: Mapping[str, Card],
         heads: Sequence[Tensor],
         chosen: Chosen,
-        tail: TiledTail | None,
+        tail: PackedTail | None,
     ) -> None:
         self.model = classifier
         self.tokenizer = tokenizer
@@ -156,7 +95,7 @@ class AdapterBank:
         parts = [read_adapter(Path(folder)) for folder in cards]
         chosen = Chosen(len(parts))
         places = stack(classifier, [layers for layers, _ in parts], list(cards), chosen)
-        tail = _tile_above(classifier, places, chosen)
+        tail = _pack(classifier, places, card.max_length, chosen)
         classifier.eval()
         heads = [head[f"{HEAD}.weight"] for _, head in parts]
         return cls(classifier, tokenizer, cards, heads, chosen, tail)
@@ -164,33 +103,41 @@ class AdapterBank:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return encode_scored_texts(self.tokenizer, texts, self.max_length)
 
+    @torch.no_grad()
     def forward(self, ids: Sequence[Sequence[int]], folders: Sequence[str]) -> list[Tensor]:
         """Scores [B, H] per folder, in the order of `folders`."""
         names = list(self.cards)
         self._chosen.rows = [names.index(folder) for folder in folders]
         device = next(self.model.parameters()).device
-        tokens_BL, mask_BL = padded(ids, self.tokenizer.pad_token_id, device)
-        last_B = last_true_index(mask_BL.bool())
-        times = len(folders)
-        if self._tail is not None:
-            self._tail.last_B = last_B
-            self.model.base_model(input_ids=tokens_BL, attention_mask=mask_BL, use_cache=False)
-            states = self._tail.take()
-        else:
-            state = end_states(
-                self.model.base_model,
-                tokens_BL.repeat(times, 1),
-                mask_BL.repeat(times, 1),
-                last_B.repeat(times),
-                shortcut=True,
-            )
-            states = list(state.view(times, len(ids), -1))
+        states_of = self._padded if self._tail is None else self._packed
         return [
             nn.functional.linear(state.to(self._heads[row].dtype), self._heads[row]).float()
-            for row, state in zip(self._chosen.rows, states, strict=True)
+            for row, state in zip(self._chosen.rows, states_of(ids, device), strict=True)
         ]
 
-    @torch.no_grad()
+    def _packed(self, ids: Sequence[Sequence[int]], device: Any) -> list[Tensor]:
+        assert self._tail is not None
+        tokens_1T, positions_1T, self._tail.packing = packed(ids, device)
+        self.model.base_model(
+            input_ids=tokens_1T,
+            position_ids=positions_1T,
+            attention_mask=torch.ones_like(tokens_1T),  # else transformers warns of padding
+            use_cache=False,
+        )
+        return self._tail.take()
+
+    def _padded(self, ids: Sequence[Sequence[int]], device: Any) -> list[Tensor]:
+        tokens_BL, mask_BL = padded(ids, self.tokenizer.pad_token_id, device)
+        times = len(self._chosen.rows)
+        state = end_states(
+            self.model.base_model,
+            tokens_BL.repeat(times, 1),
+            mask_BL.repeat(times, 1),
+            last_true_index(mask_BL.bool()).repeat(times),
+            shortcut=True,
+        )
+        return list(state.view(times, len(ids), -1))
+
     def score_folders(
         self,
         texts: Sequence[str],
@@ -298,18 +245,19 @@ def stack(
     return places
 
 
-def _tile_above(classifier: Any, places: Sequence[str], chosen: Chosen) -> TiledTail | None:
-    """A tail from the first adapted block on; None where that is the first block, or the attention is mixed."""
+def _pack(
+    classifier: Any, places: Sequence[str], max_length: int, chosen: Chosen
+) -> PackedTail | None:
+    """A tail of all blocks that computes packed texts; None where the backbone's attention is not known to allow it."""
+    if not can_pack(classifier.config, max_length):
+        return None
     first = min(
         int(found.group(1)) for place in places if (found := re.search(r"\.(\d+)\.", place))
     )
-    kinds = set(getattr(classifier.config, "layer_types", None) or ())
-    if first == 0 or len(kinds) > 1:
-        return None
+    use_packing(classifier)
     base = classifier.base_model
     layout = layout_of(base)
-    blocks = getattr(base, layout.blocks)
-    tail = TiledTail(list(blocks[first:]), getattr(base, layout.norm), chosen)
-    setattr(base, layout.blocks, nn.ModuleList([*blocks[:first], tail]))
+    tail = PackedTail(list(getattr(base, layout.blocks)), getattr(base, layout.norm), first, chosen)
+    setattr(base, layout.blocks, nn.ModuleList([tail]))
     setattr(base, layout.norm, nn.Identity())
     return tail

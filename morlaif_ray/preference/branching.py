@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from morlaif_ray.errors import ArtifactError, ConfigError
-from morlaif_ray.preference.last_token import at_last_token, supports
+from morlaif_ray.preference.last_token import Ends, PaddedEnds, at_last_token, supports
 
 TRUNK_FILE = "trunk.safetensors"
 HEADS_DIR = "heads"
@@ -94,7 +94,7 @@ class Tail(nn.Module):
         self,
         blocks: Sequence[nn.Module],
         rows_BLD: Tensor,
-        last_B: Tensor,
+        ends: Ends,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
@@ -102,10 +102,8 @@ class Tail(nn.Module):
         for block in blocks[:-1]:
             rows_BLD = block(rows_BLD, *args, **kwargs)
         if supports(blocks[-1]):
-            return at_last_token(blocks[-1], rows_BLD, last_B, **kwargs)
-        whole_BLD = blocks[-1](rows_BLD, *args, **kwargs)
-        state_BD: Tensor = whole_BLD[torch.arange(len(whole_BLD), device=last_B.device), last_B]
-        return state_BD
+            return at_last_token(blocks[-1], rows_BLD, ends, **kwargs)
+        return ends.take(blocks[-1](rows_BLD, *args, **kwargs)).flatten(0, 1)
 
     def take(self) -> list[Tensor]:
         """The states of the last forward, once."""
@@ -126,9 +124,10 @@ class BranchedTail(Tail):
 
     def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.states = []
+        ends = PaddedEnds(self.last_B)
         for index in self.wanted:
             blocks: Any = self.branches[index]
-            state_BD = self.run(list(blocks), hidden_BLD, self.last_B, *args, **kwargs)
+            state_BD = self.run(list(blocks), hidden_BLD, ends, *args, **kwargs)
             self.states.append(self.norms[index](state_BD))
         return hidden_BLD
 
@@ -142,7 +141,8 @@ class LastTail(Tail):
         self.last_B = last_B
 
     def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.states = [self.run([self.block], hidden_BLD, self.last_B, *args, **kwargs)]
+        ends = PaddedEnds(self.last_B)
+        self.states = [self.run([self.block], hidden_BLD, ends, *args, **kwargs)]
         return hidden_BLD
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from morlaif_ray.backbone import encode_framed_texts, load_tokenizer, load_whole
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.preference import encoders
-from morlaif_ray.preference.adapters import AdapterBank, Chosen, read_adapter, stack
+from morlaif_ray.preference.adapters import AdapterBank, read_adapter, stack
 from morlaif_ray.preference.batching import padded
 from morlaif_ray.preference.saved import Card, check_backbone
+from morlaif_ray.preference.stacked import Chosen
 
 
 class FannedModule(nn.Module):
@@ -71,6 +72,7 @@ class EncoderBank(AdapterBank):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return encode_framed_texts(self.tokenizer, texts, self.max_length)
 
+    @torch.no_grad()
     def forward(self, ids: Sequence[Sequence[int]], folders: Sequence[str]) -> list[Tensor]:
         """Scores [B, H] per folder, in the order of `folders`."""
         names = list(self.cards)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from morlaif_ray.backbone import decoder_layers
 from morlaif_ray.errors import ArtifactError, ConfigError
 from morlaif_ray.preference.model import PreferenceModel
 from morlaif_ray.tensor_state import load_state, publish, save_state, whole_folder
@@ -68,7 +69,7 @@ def shard(model: PreferenceModel, ranks: Ranks) -> None:
     mesh = init_device_mesh(parameters[0].device.type, (ranks.size,))
     inner = model.model.get_base_model() if hasattr(model.model, "peft_config") else model.model
     trunk = inner.base_model
-    for block in _blocks(trunk):
+    for block in decoder_layers(trunk):
         fully_shard(block, mesh=mesh)
     # `PreferenceModel.forward` calls trunk and head, not the classifier around them.
     fully_shard(trunk, mesh=mesh)
@@ -161,9 +162,3 @@ def _write(
     document = {"extra": dict(extra), "param_groups": state["param_groups"]}
     (temporary / _STATE).write_text(json.dumps(document, sort_keys=True), encoding="utf-8")
     publish(temporary, folder)
-
-
-def _blocks(trunk: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: the longest list of modules of the trunk."""
-    lists = [list(m) for m in trunk.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len) if lists else []

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from morlaif_ray.backbone import decoder_layers
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.rl.adapter_transfer import base_checksum, pack
 from morlaif_ray.rl.lora_merging import adapted_parameters, merged_parameters
 from morlaif_ray.rl.response_rows import states_at
-from morlaif_ray.rl.sharding import decoder_layers, whole
+from morlaif_ray.rl.sharding import whole
 from morlaif_ray.rl.token_head import HeadSettings, head_logprobs
 from morlaif_ray.rl.weight_transfer import Array
 from morlaif_ray.tensor_ops import entropy, response_positions, token_logprobs

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from morlaif_ray.backbone import decoder_layers
+
 
 def shard(module: nn.Module, device: str) -> None:
     """Shards a module in place over all ranks: its decoder layers one by one, then what is left (embeddings, heads).
@@ -29,13 +31,6 @@ def shard(module: nn.Module, device: str) -> None:
     if value_head is not None:
         fully_shard(value_head, mesh=mesh)
     fully_shard(module, mesh=mesh)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformers model, in order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def whole(tensor: Tensor) -> Tensor:

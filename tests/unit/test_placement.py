@@ -234,7 +234,9 @@ def test_full_training_holds_weights_gradients_and_two_moments() -> None:
 
 def test_gradient_checkpointing_keeps_one_layer_in_full() -> None:
     # (2 + 17) instead of 17*2 layer inputs: 32*512*19*1024*2 bytes = 0.59375 GB
-    assert training_gb(SHAPE, Load(32, 512), checkpointing=True) == pytest.approx(2 + 6 + 0.59375 + 0.52)
+    assert training_gb(SHAPE, Load(32, 512), checkpointing=True) == pytest.approx(
+        2 + 6 + 0.59375 + 0.52
+    )
 
 
 def test_branches_count_as_blocks_of_the_model_that_holds_them() -> None:

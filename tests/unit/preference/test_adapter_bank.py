@@ -41,7 +41,8 @@ class TestBank:
     ) -> None:
         folders = adapter_folders(backbone(kind), tmp_path, topology)
         bank = AdapterBank.load(folders)
-        assert (bank._tail is not None) == (topology == "late_branching")  # the block below: once
+        assert bank._tail is not None
+        assert bank._tail.first == (topology == "late_branching")  # the block below: once
         scores = bank.score_folders(TEXTS)
         alone = {folder: PreferenceModel.load(folder).score_heads(TEXTS) for folder in folders}
         assert float(np.abs(alone[folders[0]] - alone[folders[1]]).max()) > 0.05

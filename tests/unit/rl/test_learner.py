@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from morlaif_ray.backbone import decoder_layers
 from morlaif_ray.rl import PPOLearner
-from morlaif_ray.rl.policy_model import decoder_layers
 from morlaif_ray.types import RolloutBatch, UpdateMetrics
 from tests.unit.rl.slow_ppo import CONFIG, REWARDS, SEED, SlowPPO
 
