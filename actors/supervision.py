@@ -57,22 +57,27 @@ class SupervisedActor:
         self._ready = False
 
     def wait_ready(self) -> None:
-        """Waits for the first start; ActorLostError says how long and what may be wrong."""
+        """Waits for the first start; ActorLostError says how long and what may be wrong.
+
+        A process that was killed meanwhile is replaced, as later; one that its constructor ended is not.
+        """
         import ray
 
-        with self._lock:
-            if self._ready:
-                return
-            try:
-                ray.get(self.handle.ping.remote(), timeout=self._start_timeout_s)
-            except ray.exceptions.GetTimeoutError:
-                raise ActorLostError(
-                    f"{self.name}: not started after {self._start_timeout_s:.0f} s; the cluster may lack free CPUs or "
-                    f"GPUs ('morlaif plan' says what is needed), or raise cluster.start_timeout_s"
-                ) from None
-            except lost_errors() as error:
+        if self._ready:
+            return
+        handle = self.handle
+        try:
+            ray.get(handle.ping.remote(), timeout=self._start_timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise ActorLostError(
+                f"{self.name}: not started after {self._start_timeout_s:.0f} s; the cluster may lack free CPUs or "
+                f"GPUs ('morlaif plan' says what is needed), or raise cluster.start_timeout_s"
+            ) from None
+        except lost_errors() as error:
+            if not was_killed(error):
                 raise ActorLostError(f"{self.name} did not start: {one_line(error)}") from None
-            self._ready = True
+            self.revive(handle, one_line(error))
+        self._ready = True
 
     def submit(
         self, method: str, arguments: Sequence[Any], num_results: int = 1
@@ -200,6 +205,13 @@ def lost_errors() -> tuple[type[Exception], ...]:
 
     raised = ray.exceptions
     return (raised.RayActorError, raised.OutOfMemoryError, raised.ActorUnschedulableError)
+
+
+def was_killed(error: BaseException) -> bool:
+    """Whether an actor's process ended from outside: not by its own constructor, nor for want of memory or place."""
+    import ray
+
+    return isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed
 
 
 def cause_of(error: Any) -> BaseException:

@@ -13,7 +13,7 @@ from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool, join_batches
 from actors.stored_rollouts import StoredRollouts
-from actors.supervision import cause_of, lost_errors, one_line
+from actors.supervision import cause_of, lost_errors, one_line, was_killed
 from jobs.arm_record import ArmRecord
 from jobs.arm_scoring import ArmScorer, PanelStream, Responses, ScoredBatch
 from jobs.context import JobContext
@@ -41,6 +41,10 @@ class LearnerWentBack(Exception):
 class _NotStartedError(Exception):
     """The learner did not come up; the message is the cause."""
 
+    def __init__(self, cause: str, *, killed: bool = False) -> None:
+        super().__init__(cause)
+        self.killed = killed
+
 
 def _started(learner: Any, timeout_s: float) -> tuple[int, list[str], dict[str, Any]]:
     """Waits for a learner; its step count, notes and what the loop had saved with that step. _NotStartedError where
@@ -62,7 +66,8 @@ def _started(learner: Any, timeout_s: float) -> tuple[int, list[str], dict[str, 
             raise _NotStartedError(f"did not start: {cause.message}") from None
         raise cause from None
     except lost_errors() as error:
-        raise _NotStartedError(f"did not start: {one_line(error)}") from None
+        killed = was_killed(error)
+        raise _NotStartedError(f"did not start: {one_line(error)}", killed=killed) from None
 
 
 class Arm:
@@ -115,7 +120,10 @@ class Arm:
         try:
             self._adopt_learner()
         except _NotStartedError as error:
-            raise ActorLostError(f"arm '{self.config.name}': the learner {error}") from None
+            if not error.killed:
+                raise ActorLostError(f"arm '{self.config.name}': the learner {error}") from None
+            self._restore_learner(str(error))
+            return self.step
         if self.step:
             with suppress(LearnerWentBack):
                 self._rollouts.load_weights(self._new_weights(), self.step)

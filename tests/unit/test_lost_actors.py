@@ -64,10 +64,23 @@ def test_a_call_is_repeated_after_every_kind_of_loss(error: Exception) -> None:
     assert actor.num_restarts == 2
 
 
-@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
-def test_an_actor_lost_at_its_first_start_is_named(error: Exception) -> None:
+RAISED = ray.exceptions.RayActorError(
+    None, "The actor died because of an error raised in its creation task\nValueError: no", True
+)
+
+
+@pytest.mark.parametrize("error", [*LOST[1:], RAISED], ids=lambda error: type(error).__name__)
+def test_an_actor_that_cannot_start_is_named_at_once(error: Exception) -> None:
     with pytest.raises(ActorLostError, match=r"^panel did not start: "):
-        supervised(Handle(error)).wait_ready()
+        supervised(Handle(error), Handle(0)).wait_ready()
+
+
+def test_an_actor_killed_at_its_first_start_is_started_again_within_the_budget() -> None:
+    actor = supervised(Handle(LOST[0]), Handle(0))
+    actor.wait_ready()
+    assert actor.num_restarts == 1
+    with pytest.raises(ActorLostError, match=r"panel died 3 times .*restart budget is 2"):
+        supervised(Handle(LOST[0]), Handle(LOST[0]), Handle(LOST[0])).wait_ready()
 
 
 def arm_with(*learners: Handle, budget: int = 2) -> Any:
@@ -108,17 +121,30 @@ def test_a_learner_is_restored_after_every_kind_of_loss(error: Exception) -> Non
     assert (arm.step, arm.went_back, arm._restarts) == (4, [4], 1)
 
 
-@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
-def test_a_learner_lost_at_its_first_start_is_named(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arm = arm_with(Handle(error))
-    monkeypatch.setattr("jobs.arm.RolloutPool", lambda *arguments: None)
+@pytest.fixture
+def starting(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes an arm whose learners are these, not one of which has started."""
+    rollouts = SimpleNamespace(load_weights=lambda weights, step: None)
+    monkeypatch.setattr("jobs.arm.RolloutPool", lambda *arguments: rollouts)
     monkeypatch.setattr("jobs.arm.sft_model_path", lambda context: "unused")
-    arm._spawn_learner = lambda: arm._learner
-    arm.context.config.policy.num_rollout_workers = 1
+
+    def make(*learners: Handle) -> Any:
+        arm = arm_with(Handle(), *learners)
+        arm.context.config.policy.num_rollout_workers = 1
+        return arm
+
+    return make
+
+
+@pytest.mark.parametrize("error", [*LOST[1:], RAISED], ids=lambda error: type(error).__name__)
+def test_a_learner_that_cannot_start_is_named_at_once(error: Exception, starting: Any) -> None:
     with pytest.raises(ActorLostError, match=r"^arm 'linear': the learner did not start: "):
-        arm.start()
+        starting(Handle(error), Handle(4, [], {})).start()
+
+
+def test_a_learner_killed_at_its_first_start_is_started_again(starting: Any) -> None:
+    arm = starting(Handle(LOST[0]), Handle(4, [], {}))
+    assert (arm.start(), arm._restarts) == (4, 1)
 
 
 def test_a_learner_lost_in_its_restart_is_started_again_within_the_budget() -> None:
