@@ -153,16 +153,12 @@ class AdapterBank:
         check_backbone(Path(first), card, classifier)
         tokenizer = load_tokenizer(first)
         classifier.config.pad_token_id = tokenizer.pad_token_id
-        parts = [read_adapter(Path(folder)) for folder in cards]
+        parts = [_read_adapter(Path(folder)) for folder in cards]
         chosen = Chosen(len(parts))
-        places = stack(classifier, [layers for layers, _ in parts], list(cards), chosen)
+        places = _stack(classifier, [layers for layers, _ in parts], list(cards), chosen)
         tail = _tile_above(classifier, places, chosen)
         classifier.eval()
-        heads = [head[f"{HEAD}.weight"] for _, head in parts]
-        return cls(classifier, tokenizer, cards, heads, chosen, tail)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return encode_scored_texts(self.tokenizer, texts, self.max_length)
+        return cls(classifier, tokenizer, cards, [head for _, head in parts], chosen, tail)
 
     def forward(self, ids: Sequence[Sequence[int]], folders: Sequence[str]) -> list[Tensor]:
         """Scores [B, H] per folder, in the order of `folders`."""
@@ -216,6 +212,9 @@ class AdapterBank:
                 scores[folder][rows] = part.cpu().numpy()
         return scores
 
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return encode_scored_texts(self.tokenizer, texts, self.max_length)
+
 
 def _basis(card: Card) -> tuple[Any, ...]:
     return card.backbone, card.backbone_fingerprint, card.max_length, card.dtype, card.template
@@ -255,6 +254,12 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[s
     return {name: (down[name], up[name] * scaling) for name in down}, heads
 
 
+def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """`read_adapter` of a decoder, with its score head [H, D]."""
+    layers, head = read_adapter(folder)
+    return layers, head[f"{HEAD}.weight"]
+
+
 def _side(stored: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
     ending = f".{side}.weight"
     return {
@@ -264,7 +269,7 @@ def _side(stored: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
     }
 
 
-def stack(
+def _stack(
     classifier: Any,
     adapters: Sequence[Mapping[str, tuple[Tensor, Tensor]]],
     folders: Sequence[str],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from morlaif_ray.backbone import encode_framed_texts, load_tokenizer, load_whole
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.preference import encoders
-from morlaif_ray.preference.adapters import AdapterBank, Chosen, read_adapter, stack
+from morlaif_ray.preference.adapters import AdapterBank, Chosen, _stack, read_adapter
 from morlaif_ray.preference.batching import padded
 from morlaif_ray.preference.saved import Card, check_backbone
 
@@ -64,13 +64,14 @@ class EncoderBank(AdapterBank):
         parts = [read_adapter(Path(folder)) for folder in cards]
         chosen = Chosen(len(parts))
         _fan_out(classifier, [head for _, head in parts], chosen)
-        stack(classifier, [layers for layers, _ in parts], list(cards), chosen)
+        _stack(classifier, [layers for layers, _ in parts], list(cards), chosen)
         classifier.eval()
         return cls(classifier, tokenizer, cards, [], chosen, None)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return encode_framed_texts(self.tokenizer, texts, self.max_length)
 
+    @torch.no_grad()
     def forward(self, ids: Sequence[Sequence[int]], folders: Sequence[str]) -> list[Tensor]:
         """Scores [B, H] per folder, in the order of `folders`."""
         names = list(self.cards)
