@@ -27,9 +27,9 @@ from morlaif_ray.types import FloatArray
 
 LEARNING_RATES = {
     "separate": 1.5e-3,
-    "shared_trunk": 1.5e-3,
-    "late_branching": 1.5e-3,
-    "adapters": 3e-3,
+    "shared_trunk": 3e-3,
+    "late_branching": 3e-3,
+    "adapters": 6e-3,
 }
 """By topology, chosen by `python -m benchmarks.panel_accuracy`. Adapters learn at a higher rate than whole weights."""
 TOPOLOGIES = tuple(LEARNING_RATES)
