@@ -83,7 +83,8 @@ class StackedLora(nn.Module):
             else:
                 merged_IO = torch.addmm(weight, down_IR, up_RO)
             torch.mm(inputs[row], merged_IO, out=outputs[row])
-        return outputs if self.base.bias is None else outputs.add_(self.base.bias)
+        bias: Any = self.base.bias
+        return outputs if bias is None else outputs.add_(bias)
 
 
 class PackedTail(Tail):
