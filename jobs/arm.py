@@ -95,14 +95,17 @@ class Arm:
         self._unloaded: tuple[list[Any], int, float] | None = None
         """What the rollout workers load before they sample again: weights, version, seconds until they were here."""
         policy = context.config.policy
-        stop = tuple(policy.stop)
-        self._sampling = SamplingSettings(policy.max_new_tokens, policy.temperature, stop)
+        self._sampling = SamplingSettings(
+            policy.max_new_tokens, policy.temperature, tuple(policy.stop)
+        )
         self.ahead = RolloutsAhead(
             self._sample_and_score,
             policy.staleness,
             work / "in_flight",
             policy.keep_checkpoints + 2,
-            write=self._write_in_flight,
+            write=lambda path, batch: self._ask(
+                "write_rollouts", path, batch[0], score_arrays(batch[1])
+            ),
         )
 
     # ------------------------------------------------------------ the loop's verbs
@@ -123,7 +126,6 @@ class Arm:
             if not error.killed:
                 raise ActorLostError(f"arm '{self.config.name}': the learner {error}") from None
             self._restore_learner(str(error))
-            return self.step
         if self.step:
             with suppress(LearnerWentBack):
                 self._rollouts.load_weights(self._new_weights(), self.step)
@@ -170,8 +172,7 @@ class Arm:
         probe = join_batches(probes)
         expected_BT = self._ask("logprobs", probe)
         gap_BT = np.abs(probe.logprobs_BT - expected_BT)
-        worst = float(gap_BT.max())
-        self.gauges["parity_gap_max"] = worst
+        worst = self.gauges["parity_gap_max"] = float(gap_BT.max())
         self.gauges["parity_gap_mean"] = float(gap_BT.sum() / probe.response_lengths_B.sum())
         if not worst <= policy.parity_threshold:
             self.gauges["parity_alarms"] = self.gauges.get("parity_alarms", 0.0) + 1
@@ -283,9 +284,6 @@ class Arm:
         buckets = streaming.remote(max_bytes)
         self._ask("ping")
         return list(buckets)
-
-    def _write_in_flight(self, path: Path, batch: Batch) -> None:
-        self._ask("write_rollouts", path, batch[0], score_arrays(batch[1]))
 
     def _adopt_learner(self) -> None:
         """Waits for the learner, takes its step count, and brings log and counters to the same step."""
