@@ -144,9 +144,8 @@ class Arm:
             self._sampling,
             self._stream.take if self._stream else None,
         )
-        seconds = self.seconds["seconds_generate"] = time.monotonic() - started
-        tokens = float(batch.response_lengths_B.sum())
-        self.gauges["generated_tokens_per_second"] = tokens / max(seconds, 1e-9)
+        seconds = self.seconds["seconds_generate"] = max(time.monotonic() - started, 1e-9)
+        self.gauges["generated_tokens_per_second"] = float(batch.response_lengths_B.sum()) / seconds
         return batch
 
     def score(self, batch: Responses) -> ScoredBatch:
@@ -216,8 +215,8 @@ class Arm:
     def _load_new_weights(self) -> None:
         if self._unloaded is None:
             return
-        (weights, step, seconds), self._unloaded = self._unloaded, None
         started = time.monotonic()
+        (weights, step, seconds), self._unloaded = self._unloaded, None
         self._rollouts.load_weights(weights, step)
         self.seconds["seconds_refresh"] = seconds + time.monotonic() - started
 
