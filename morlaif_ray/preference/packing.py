@@ -79,15 +79,15 @@ class Packing:
     ) -> Tensor:
         """`attend` with a row per text, padded for this call alone."""
         spread, gathered, seen = self._cells
-        options: dict[str, Any] = {"is_causal": True}
-        rows = [self._spread(states, spread) for states in (key, value)]
-        if at_end:
-            options = {"attn_mask": seen[:, None, None, :]}
-            rows.insert(0, query.squeeze(0).transpose(0, 1).unsqueeze(2))
-        else:
-            rows.insert(0, self._spread(query, spread))
+        last = query.squeeze(0).transpose(0, 1).unsqueeze(2)  # [K*B, N, 1, E] if at_end
         mixed = F.scaled_dot_product_attention(
-            *rows, scale=scaling, enable_gqa=query.shape[1] != key.shape[1], **options
+            last if at_end else self._spread(query, spread),
+            self._spread(key, spread),
+            self._spread(value, spread),
+            attn_mask=seen[:, None, None, :] if at_end else None,
+            is_causal=not at_end,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         flat = mixed.transpose(1, 2).flatten(0, 1)
         return (flat if at_end else flat.index_select(0, gathered)).unsqueeze(0)
@@ -107,11 +107,12 @@ class Packing:
         """[1, N, K*T, E] -> [K*B, N, L, E]."""
         cells = states.squeeze(0).transpose(0, 1).index_select(0, spread)
         num_rows = self.times * (len(self.starts) - 1)
-        return cells.unflatten(0, (num_rows, -1)).transpose(1, 2)
+        return cells.view(num_rows, -1, *cells.shape[1:]).transpose(1, 2)
 
     def _by_copy(self, states: Tensor) -> Tensor:
         """[1, N, K*n, E] -> [K, N, n, E], a view."""
-        return states.squeeze(0).unflatten(1, (self.times, -1)).transpose(0, 1)
+        _, heads, tokens, width = states.shape
+        return states.view(heads, self.times, tokens // self.times, width).transpose(0, 1)
 
 
 def attend_packed(
