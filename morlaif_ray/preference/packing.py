@@ -79,9 +79,9 @@ class Packing:
     ) -> Tensor:
         """`attend` with a row per text, padded for this call alone."""
         spread, gathered, seen = self._cells
-        ends = query.squeeze(0).transpose(0, 1).unsqueeze(2) if at_end else None
+        last = query.squeeze(0).transpose(0, 1).unsqueeze(2)  # [K*B, N, 1, E] if at_end
         mixed = F.scaled_dot_product_attention(
-            self._spread(query, spread) if ends is None else ends,
+            last if at_end else self._spread(query, spread),
             self._spread(key, spread),
             self._spread(value, spread),
             attn_mask=seen[:, None, None, :] if at_end else None,
@@ -107,13 +107,12 @@ class Packing:
         """[1, N, K*T, E] -> [K*B, N, L, E]."""
         cells = states.squeeze(0).transpose(0, 1).index_select(0, spread)
         num_rows = self.times * (len(self.starts) - 1)
-        rows: Tensor = cells.unflatten(0, (num_rows, -1)).transpose(1, 2)
-        return rows
+        return cells.view(num_rows, -1, *cells.shape[1:]).transpose(1, 2)
 
     def _by_copy(self, states: Tensor) -> Tensor:
         """[1, N, K*n, E] -> [K, N, n, E], a view."""
-        copies: Tensor = states.squeeze(0).unflatten(1, (self.times, -1)).transpose(0, 1)
-        return copies
+        _, heads, tokens, width = states.shape
+        return states.view(heads, self.times, tokens // self.times, width).transpose(0, 1)
 
 
 def attend_packed(

@@ -75,16 +75,15 @@ class StackedLora(nn.Module):
         return inputs.shape[1] * (num_in + 2 * num_out) > num_in * num_out
 
     def _merged(self, inputs: Tensor, down_KIR: Tensor, up_KRO: Tensor) -> Tensor:
-        weight: Any = self.base.weight
+        base: Any = self.base
         outputs = inputs.new_empty(*inputs.shape[:2], up_KRO.shape[2])
         for row, (down_IR, up_RO) in enumerate(zip(down_KIR, up_KRO, strict=True)):
-            if isinstance(self.base, nn.Linear):  # stored [O, I]
-                merged_IO = torch.addmm(weight, up_RO.T, down_IR.T).T
+            if isinstance(base, nn.Linear):  # stored [O, I]
+                merged_IO = torch.addmm(base.weight, up_RO.T, down_IR.T).T
             else:
-                merged_IO = torch.addmm(weight, down_IR, up_RO)
+                merged_IO = torch.addmm(base.weight, down_IR, up_RO)
             torch.mm(inputs[row], merged_IO, out=outputs[row])
-        bias: Any = self.base.bias
-        return outputs if bias is None else outputs.add_(bias)
+        return outputs if base.bias is None else outputs.add_(base.bias)
 
 
 class PackedTail(Tail):
