@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 from morlaif_ray.config import Config
@@ -31,21 +33,39 @@ def vllm_device() -> str | None:
 
 def engine_of(config: Config) -> str:
     """`transformers` or `vllm`. `auto` is the faster one that can run (figures: docs/performance.md): vLLM where the
-    driver's environment has it for the workers' device, and a kernel for the model's heads."""
+    driver's environment has it for the workers' device, with a whole GPU each (it takes most of a card's memory) or,
+    on CPU, with a kernel for the model's heads."""
     policy = config.policy
     if policy.engine != "auto":
         return policy.engine
-    device = "gpu" if policy.rollout_gpus_per_worker else "cpu"
-    can_run = vllm_device() == device and not _unknown_head_size(config)
-    return "vllm" if can_run else "transformers"
+    gpus = policy.rollout_gpus_per_worker
+    if vllm_device() != ("gpu" if gpus else "cpu"):
+        return "transformers"
+    if gpus:
+        return "vllm" if gpus >= 1 else "transformers"
+    return "vllm" if _head_size(config) in VLLM_CPU_HEAD_SIZES else "transformers"
+
+
+def _head_size(config: Config) -> int | None:
+    """The width of the model's attention heads; None where it cannot be read without loading the model."""
+    model = config.model
+    if isinstance(model, ScratchModel):
+        return model.width // model.num_heads
+    try:
+        card = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+        if card.get("head_dim"):
+            return int(card["head_dim"])
+        width = card.get("hidden_size") or card["n_embd"]
+        return int(width) // int(card.get("num_attention_heads") or card["n_head"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _unknown_head_size(config: Config) -> int | None:
     """The width of the model's heads where it is known that vLLM has no CPU kernel for it."""
-    model = config.model
-    if not isinstance(model, ScratchModel) or config.policy.rollout_gpus_per_worker:
+    if config.policy.rollout_gpus_per_worker:
         return None
-    size = model.width // model.num_heads
+    size = _head_size(config)
     return None if size in VLLM_CPU_HEAD_SIZES else size
 
 
@@ -66,9 +86,8 @@ def check_engine(config: Config, *, here: bool) -> None:
         )
     size = _unknown_head_size(config)
     if size is not None:
-        assert isinstance(config.model, ScratchModel)
         raise ConfigError(
-            f"policy.engine is 'vllm', which on CPU has no attention for heads of {size} (model.width "
-            f"{config.model.width} / model.num_heads {config.model.num_heads}); choose a head size of "
-            f"{', '.join(str(known) for known in VLLM_CPU_HEAD_SIZES[:4])} ..., or policy.engine: transformers"
+            f"policy.engine is 'vllm', which on CPU has no attention for heads of {size} (model: width / number of "
+            f"heads); choose a head size of {', '.join(str(known) for known in VLLM_CPU_HEAD_SIZES[:4])} ..., or "
+            f"policy.engine: transformers"
         )

@@ -46,8 +46,10 @@ class OtherRanks:
         starting = [handle.begin.remote() for handle in self._handles]
         try:
             make(self._join(join, starting))
-        except MorlaifError:
-            raise  # the same on every rank, or a rank that is lost
+        except MorlaifError:  # the same on every rank, or a rank that is lost
+            if not self._handles:
+                leave_ranks()  # what rank 0 may wait for fails at once
+            raise
         except Exception as error:
             leave_ranks()
             causes = self._causes(starting)
@@ -87,6 +89,9 @@ class OtherRanks:
             try:
                 ray.get(reference)
             except ray.exceptions.RayError as error:
+                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+                if isinstance(cause, MorlaifError):
+                    raise cause from None  # the same on every rank: this one has not come to it yet
                 raise ActorLostError(_lost([f"rank {rank}: {_why(error)}"])) from None
         return len(ready) == len(starting)
 

@@ -22,7 +22,7 @@ from jobs.rollouts_ahead import Batch, RolloutsAhead, score_arrays
 from jobs.train_sft import sft_model_path
 from morlaif_ray.artifacts import read_table
 from morlaif_ray.config.learning import ArmConfig
-from morlaif_ray.errors import ActorLostError
+from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.rl.generation import SamplingSettings
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import RolloutBatch
@@ -62,9 +62,10 @@ def _started(learner: Any, timeout_s: float) -> tuple[int, list[str], dict[str, 
         ) from None
     except ray.exceptions.RayTaskError as error:
         cause = cause_of(error)
-        if isinstance(cause, ActorLostError):
-            raise _NotStartedError(f"did not start: {cause.message}") from None
-        raise cause from None
+        if isinstance(cause, MorlaifError) and not isinstance(cause, ActorLostError):
+            raise cause from None  # it would be the same again
+        said = cause.message if isinstance(cause, ActorLostError) else one_line(error.cause)
+        raise _NotStartedError(f"did not start: {said}") from None
     except lost_errors() as error:
         killed = was_killed(error)
         raise _NotStartedError(f"did not start: {one_line(error)}", killed=killed) from None
