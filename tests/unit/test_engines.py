@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,13 +33,14 @@ def config(**policy: Any) -> Config:
         ("auto", "cpu", 1, 3, "transformers"),
         ("auto", "cpu", 0, 4, "transformers"),  # heads of 24: no kernel on CPU
         ("auto", "gpu", 1, 4, "vllm"),
+        ("auto", "gpu", 0.5, 4, "transformers"),  # vLLM takes most of a card
     ],
 )
 def test_auto_takes_vllm_where_it_can_run_and_the_recipe_says_so(
     monkeypatch: pytest.MonkeyPatch,
     wanted: str,
     has: str | None,
-    gpus: int,
+    gpus: float,
     num_heads: int,
     engine: str,
 ) -> None:
@@ -69,6 +72,25 @@ def test_the_build_of_vllm_says_which_device_it_is_for(
     assert engines.vllm_device() == device
 
 
+@pytest.mark.parametrize(
+    ("card", "engine"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 2}, "vllm"),
+        ({"hidden_size": 64, "num_attention_heads": 2, "head_dim": 24}, "transformers"),
+        ({"n_embd": 96, "n_head": 4}, "transformers"),
+        (None, "transformers"),  # a hub id: not known before it is loaded
+    ],
+)
+def test_auto_on_cpu_reads_the_heads_of_a_pretrained_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: dict[str, int] | None, engine: str
+) -> None:
+    monkeypatch.setattr(engines, "vllm_device", lambda: "cpu")
+    if card is not None:
+        (tmp_path / "config.json").write_text(json.dumps(card), encoding="utf-8")
+    document = {"model": {"kind": "pretrained", "path": str(tmp_path)}}
+    assert engines.engine_of(parse_config(document, "x")) == engine
+
+
 def test_auto_is_the_default() -> None:
     assert parse_config({}, "x").policy.engine == "auto"
 
@@ -87,7 +109,7 @@ def test_heads_that_vllm_has_no_cpu_kernel_for_are_named(monkeypatch: pytest.Mon
     monkeypatch.setattr(engines, "vllm_installed", lambda: True)
     model = {"kind": "scratch", "width": 96, "num_heads": 4}
     odd = parse_config({"policy": {"engine": "vllm"}, "model": model}, "x")
-    with pytest.raises(ConfigError, match=r"no attention for heads of 24 \(model\.width 96 / "):
+    with pytest.raises(ConfigError, match=r"no attention for heads of 24 \(model: width / "):
         engines.check_engine(odd, here=True)
     on_gpu = {"engine": "vllm", "rollout_gpus_per_worker": 1}
     engines.check_engine(parse_config({"policy": on_gpu, "model": model}, "x"), here=True)
