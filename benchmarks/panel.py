@@ -254,6 +254,7 @@ def measure_lengths(folder: Path, options: argparse.Namespace) -> dict[str, Any]
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     from morlaif_ray.backbone import save_pretrained
+    from morlaif_ray.length_groups import cheapest_groups, pass_overhead_tokens
     from morlaif_ray.preference import PreferenceModel
     from morlaif_ray.preference.batching import length_batches, padding_waste
     from morlaif_ray.preference.training import plan_batches
@@ -309,10 +310,11 @@ def measure_lengths(folder: Path, options: argparse.Namespace) -> dict[str, Any]
             {"ours": lambda: model.score_heads(texts, max_tokens=limit), "plain": plain},
             max(2, options.repetitions // 2),
         )
+    overhead = pass_overhead_tokens(model.model)
     waste = {
-        "padding_waste": padding_waste(lengths, length_batches(lengths, 64, limit)),
+        "padding_waste": padding_waste(lengths, cheapest_groups(lengths, 64, limit, overhead)),
         "padding_waste_512_texts": padding_waste(
-            lengths[:512], length_batches(lengths[:512], 64, limit)
+            lengths[:512], cheapest_groups(lengths[:512], 64, limit, overhead)
         ),
         "padding_waste_training": padding_waste(lengths, grouped),
         "padding_waste_training_without_token_limit": padding_waste(lengths, rows),

@@ -91,11 +91,9 @@ class SleepingWorker:
             )
         )
 
-    def load_buckets(self, buckets: Sequence[Any], version: int) -> int:
-        import ray
-
+    def load_buckets(self, version: int, *buckets: WeightBucket) -> int:
         for index, bucket in enumerate(buckets):
-            ray.get(bucket).verified(version, index)
+            bucket.verified(version, index)
         time.sleep(LOAD_S)
         self._version = version
         return version
@@ -130,11 +128,13 @@ def simulated_idle_share(workload: Workload, num_steps: int) -> float:
 
     context = open_run(workload.config, workload.folder, Reporter(quiet=True))
     context.connect()
+    stack = ExitStack()
+    stack.callback(ray.shutdown)
     arm_config = context.config.policy.arms[0].model_copy(update={"num_steps": num_steps})
     work = context.path("work", "5_policy", "simulated")
     (work / "model").mkdir(parents=True)
     write_json(work / "model" / "config.json", {})
-    with ExitStack() as stack:
+    with stack:
         for name, made in (
             ("jobs.arm.spawn_ppo_learner", SleepingLearner),
             ("actors.rollout_pool.spawn_rollout_worker", SleepingWorker),
@@ -143,7 +143,6 @@ def simulated_idle_share(workload: Workload, num_steps: int) -> float:
         panel: Any = SleepingPanel()
         arm = Arm(context, arm_config, work, panel)
         run_arm(arm, NoBar(), PrometheusGauges(), threading.Event())
-    ray.shutdown()
     log = Path(context.path("timings", f"policy-{arm_config.name}.jsonl"))
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return statistics.median(row["learner_idle_share"] for row in rows[2:])

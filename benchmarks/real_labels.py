@@ -250,6 +250,7 @@ class Bench:
             lora=lora,
             topology=topology,
         )
+        model.tokens_per_batch = config.train_tokens_per_batch
         labels = label_matrix(own, heads)
         chosen = np.where(labels > 0.5, np.inf, -np.inf)
         data = TrainingData(

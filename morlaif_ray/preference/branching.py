@@ -171,7 +171,10 @@ def end_states(
     """Normed states [B, D] at the last real token; with `shortcut` the last block is computed there alone."""
     inputs: dict[str, Any] = {"use_cache": False}
     embed = base.get_input_embeddings()
-    if _is_known_decoder(base) and not isinstance(embed.weight, DTensor):
+    causal = not getattr(
+        base.config, "use_bidirectional_attention", False
+    )  # Gemma 3's, of embeddings
+    if causal and _is_known_decoder(base) and not isinstance(embed.weight, DTensor):
         # Causal, padded on the right: no real token sees the padding, and the fast attention kernels take no mask.
         # Embeddings, not ids: transformers looks for padding in these. (A sharded table only opens inside the forward.)
         inputs["inputs_embeds"] = embed(tokens_BL)

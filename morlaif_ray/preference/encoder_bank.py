@@ -21,6 +21,10 @@ from morlaif_ray.preference.batching import padded
 from morlaif_ray.preference.saved import Card, check_backbone
 from morlaif_ray.preference.stacked import Chosen
 
+ROWS_BY_ADAPTER = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
+"""`model_type`s all of whose layers see rows in the order of the batch. Others (DeBERTa projects its table of relative
+positions, too) go through the bank an adapter at a time."""
+
 
 class FannedModule(nn.Module):
     """K modules in the place of one: each gets the rows of its adapter."""
@@ -79,11 +83,17 @@ class EncoderBank(AdapterBank):
         self._chosen.rows = [names.index(folder) for folder in folders]
         device = next(self.model.parameters()).device
         tokens_BL, mask_BL = padded(ids, self.tokenizer.pad_token_id, device)
-        times = len(folders)
-        logits: Tensor = self.model(
-            input_ids=tokens_BL.repeat(times, 1), attention_mask=mask_BL.repeat(times, 1)
-        ).logits.float()
-        return list(logits.view(times, len(ids), -1))
+        wanted = list(self._chosen.rows)
+        together = self.model.config.model_type in ROWS_BY_ADAPTER
+        found: list[Tensor] = []
+        for rows in [wanted] if together else [[row] for row in wanted]:
+            self._chosen.rows = rows
+            logits: Tensor = self.model(
+                input_ids=tokens_BL.repeat(len(rows), 1),
+                attention_mask=mask_BL.repeat(len(rows), 1),
+            ).logits.float()
+            found.extend(logits.view(len(rows), len(ids), -1))
+        return found
 
 
 def _fan_out(classifier: Any, heads: Sequence[Mapping[str, Tensor]], chosen: Chosen) -> None:

@@ -19,6 +19,8 @@ from transformers import (
     BartModel,
     BertConfig,
     BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2Model,
     ModernBertConfig,
     ModernBertModel,
     RobertaConfig,
@@ -48,6 +50,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "bert": (BertConfig, BertForMaskedLM),  # whose files hold no pooler
     "roberta": (RobertaConfig, RobertaModel),
     "modernbert": (ModernBertConfig, ModernBertModel),
+    "deberta": (DebertaV2Config, DebertaV2Model),
     "bart": (BartConfig, BartModel),
 }
 
@@ -80,7 +83,10 @@ def encoder(framing_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
             return str(folder)
         config_class, model_class = CLASSES[kind]
         positions = 26 if kind == "roberta" else 24  # its positions begin at 1 + padding index
-        special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+        special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+        if kind == "deberta":  # its projections also see the table of relative positions
+            special |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+            special |= {"share_att_key": True, "position_buckets": 4}
         if kind == "modernbert":
             special |= {"cls_token_id": 2, "sep_token_id": 3}
         sizes = dict.fromkeys(("hidden_size", "d_model"), 16) | dict.fromkeys(
@@ -184,7 +190,7 @@ def test_saved_it_gives_the_same_bits_and_plain_libraries_load_it(
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "deberta"])
 def test_a_bank_scores_every_adapter_as_it_scores_alone(
     encoder: Backbone, tmp_path: Path, kind: str
 ) -> None:
