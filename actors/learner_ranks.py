@@ -89,9 +89,6 @@ class OtherRanks:
             try:
                 ray.get(reference)
             except ray.exceptions.RayError as error:
-                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
-                if isinstance(cause, MorlaifError):
-                    raise cause from None  # the same on every rank: this one has not come to it yet
                 raise ActorLostError(_lost([f"rank {rank}: {_why(error)}"])) from None
         return len(ready) == len(starting)
 

@@ -14,7 +14,7 @@ from morlaif_ray.config import parse_config
 from morlaif_ray.errors import ConfigError
 from morlaif_ray.preference.sharding import current_ranks
 from morlaif_ray.preference.stepping import _share_of
-from tests import forked
+from tests import rank_processes
 from tests.ports import free_port
 from tests.unit.preference.rank_worker import rank_process, train
 
@@ -29,8 +29,7 @@ def test_two_ranks_end_with_the_weights_of_one(
     model, losses = train(backbone(), tmp_path / "one", lora)
     arguments = (free_port(), backbone(), str(tmp_path), lora)
     logs = [tmp_path / f"rank_{rank}.log" for rank in (0, 1)]
-    ranks = [forked.start(rank_process, rank, *arguments, log=logs[rank]) for rank in (0, 1)]
-    forked.end_well(ranks, logs, 300.0)
+    rank_processes.run(rank_process, [(rank, *arguments) for rank in (0, 1)], logs, 300.0)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     np.testing.assert_allclose(result["losses"][0], losses, rtol=1e-5)
     assert result["losses"][1] == result["losses"][0]

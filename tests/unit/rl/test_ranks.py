@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl import PPOLearner
 from morlaif_ray.rl.ranks import Ranks, _buckets
-from tests import forked
+from tests import rank_processes
 from tests.ports import free_port
 from tests.unit.rl import rank_worker
 from tests.unit.rl.conftest import make_batch
@@ -50,10 +50,8 @@ def run_two(folder: Path, **job: Any) -> list[tuple[dict[str, Any], list[dict[st
         json.dumps({"size": 2, "address": address, "out": str(folder), "restore": False, **job})
     )
     logs = [folder / f"rank_{rank}.log" for rank in range(2)]
-    ranks = [
-        forked.start(rank_worker.main, str(job_file), rank, log=logs[rank]) for rank in range(2)
-    ]
-    forked.end_well(ranks, logs, WAIT_S)
+    arguments = [(str(job_file), rank) for rank in range(2)]
+    rank_processes.run(rank_worker.main, arguments, logs, WAIT_S)
     return [
         (
             dict(np.load(folder / f"weights_{rank}.npz")),
