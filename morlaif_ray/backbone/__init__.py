@@ -2,10 +2,17 @@
 
 from morlaif_ray.backbone.causal import (
     build_scratch_model,
-    decoder_layers,
     load_causal_lm,
     load_whole,
     save_pretrained,
+)
+from morlaif_ray.backbone.decoders import (
+    Layout,
+    decoder_layers,
+    find_layout,
+    in_place_of_last_block,
+    last_block,
+    last_norm,
 )
 from morlaif_ray.backbone.dialogue import (
     ASSISTANT,
@@ -27,6 +34,7 @@ from morlaif_ray.backbone.tokenizers import (
 __all__ = [
     "ASSISTANT",
     "HUMAN",
+    "Layout",
     "build_scratch_model",
     "build_word_tokenizer",
     "decoder_layers",
@@ -35,6 +43,10 @@ __all__ = [
     "encode_prompt",
     "encode_scored_text",
     "encode_scored_texts",
+    "find_layout",
+    "in_place_of_last_block",
+    "last_block",
+    "last_norm",
     "load_causal_lm",
     "load_tokenizer",
     "load_whole",

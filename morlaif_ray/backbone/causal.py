@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.errors import ArtifactError
@@ -80,10 +79,3 @@ def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes model (safetensors) and tokenizer as a Hugging Face folder."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformers model, in order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -170,7 +170,7 @@ class PolicyConfig(Section):
     lora: LoraConfig | None = None
     engine: Literal["transformers", "vllm", "auto"] = "auto"
     """The generation engine of the rollout workers; auto: vLLM where the driver finds it installed for the workers'
-    device and it has a kernel for the model, else transformers."""
+    device and they have a GPU of their own each or, on CPU, it has a kernel for the model; else transformers."""
     vllm: VllmConfig = VllmConfig()
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1: the next step's responses are sampled, with the weights at hand, while the learner works on this one; needs

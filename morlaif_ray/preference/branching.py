@@ -12,7 +12,6 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from morlaif_ray.backbone import (
+    Layout,
+    find_layout,
+    in_place_of_last_block,
+    last_block,
+    last_norm,
+)
 from morlaif_ray.errors import ArtifactError, ConfigError
 from morlaif_ray.preference.last_token import Ends, PaddedEnds, at_last_token, supports
 
@@ -31,31 +37,17 @@ BRANCH_FILE = "branch.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEAD = "score"
 """Name of the head's weights in a Hugging Face sequence-classification model."""
-LAYOUTS = (("h", "ln_f"), ("layers", "norm"), ("layers", "final_layernorm"))
-"""(list of blocks, norm after them) of GPT-2, of Llama, Gemma, Mistral, Qwen, and of Phi."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a decoder keeps its blocks and its last norm."""
-
-    blocks: str
-    norm: str
 
 
 def layout_of(base: Any) -> Layout:
     """ConfigError for a decoder whose blocks or last norm are not where this module knows them."""
-    for blocks, norm in LAYOUTS:
-        if hasattr(base, blocks) and hasattr(base, norm):
-            return Layout(blocks, norm)
+    layout = find_layout(base)
+    if layout is not None:
+        return layout
     raise ConfigError(
         f"preference.topology: late_branching knows GPT-2, Llama, Gemma and their like, not "
         f"{type(base).__name__}; use shared_trunk"
     )
-
-
-def _is_known_decoder(base: Any) -> bool:
-    return any(hasattr(base, blocks) and hasattr(base, norm) for blocks, norm in LAYOUTS)
 
 
 def num_branch_blocks(num_blocks: int, wanted: int | None) -> int:
@@ -152,17 +144,13 @@ def last_block_at_end(base: Any, last_B: Tensor) -> Iterator[LastTail | None]:
 
     None where the block's arithmetic is not known. Outside, the decoder is as it was: saving sees no trace.
     """
-    if not _is_known_decoder(base) or not supports(getattr(base, layout_of(base).blocks)[-1]):
+    block = last_block(base)
+    if block is None or not supports(block):
         yield None
         return
-    blocks = getattr(base, layout_of(base).blocks)
-    whole = blocks[-1]
-    tail = LastTail(whole, last_B)
-    blocks[-1] = tail
-    try:
+    tail = LastTail(block, last_B)
+    with in_place_of_last_block(base, tail):
         yield tail
-    finally:
-        blocks[-1] = whole
 
 
 def end_states(
@@ -171,10 +159,9 @@ def end_states(
     """Normed states [B, D] at the last real token; with `shortcut` the last block is computed there alone."""
     inputs: dict[str, Any] = {"use_cache": False}
     embed = base.get_input_embeddings()
-    causal = not getattr(
-        base.config, "use_bidirectional_attention", False
-    )  # Gemma 3's, of embeddings
-    if causal and _is_known_decoder(base) and not isinstance(embed.weight, DTensor):
+    # Gemma 3's, where it makes embeddings.
+    both_ways = getattr(base.config, "use_bidirectional_attention", False)
+    if find_layout(base) and not both_ways and not isinstance(embed.weight, DTensor):
         # Causal, padded on the right: no real token sees the padding, and the fast attention kernels take no mask.
         # Embeddings, not ids: transformers looks for padding in these. (A sharded table only opens inside the forward.)
         inputs["inputs_embeds"] = embed(tokens_BL)
@@ -183,9 +170,8 @@ def end_states(
     if shortcut:
         with last_block_at_end(base, last_B) as tail:
             if tail is not None:
-                layout = layout_of(base)
                 base(**inputs)
-                state_BD: Tensor = getattr(base, layout.norm)(tail.take()[0])
+                state_BD: Tensor = last_norm(base)(tail.take()[0])
                 return state_BD
     hidden_BLD = base(**inputs).last_hidden_state
     end_BD: Tensor = hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
@@ -207,12 +193,8 @@ def branch(classifier: Any, num_branches: int, num_blocks: int | None) -> Branch
 
 def tail_of(classifier: Any) -> BranchedTail | None:
     """The tail of a branched classifier, None of any other."""
-    base = classifier.base_model
-    for blocks, _ in LAYOUTS:
-        found = getattr(base, blocks, None)
-        if isinstance(found, nn.ModuleList) and len(found) and isinstance(found[-1], BranchedTail):
-            return found[-1]
-    return None
+    block = last_block(classifier.base_model)
+    return block if isinstance(block, BranchedTail) else None
 
 
 # ---------------------------------------------------------------- on disk

@@ -7,42 +7,44 @@ Legend: B responses, L sequence tokens, N rows that are read, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-DECODERS = {
-    "GPT2Block": ("h", "ln_f"),
-    "LlamaDecoderLayer": ("layers", "norm"),
-    "GemmaDecoderLayer": ("layers", "norm"),
-    "MistralDecoderLayer": ("layers", "norm"),
-    "Qwen2DecoderLayer": ("layers", "norm"),
-}
-"""Class of a block -> where its trunk keeps the blocks and the norm after them. Any other trunk is computed whole; so
-are sharded ones, whose blocks have classes of their own."""
+from morlaif_ray.backbone import in_place_of_last_block, last_block, last_norm
+
+KINDS = (
+    "GPT2Block",
+    "LlamaDecoderLayer",
+    "GemmaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+)
+"""Classes of blocks whose arithmetic this module knows. A trunk of any other is computed whole; so are sharded ones,
+whose blocks have classes of their own."""
 
 
 def states_at(trunk: Any, embedded_BLD: Tensor, index_N: Tensor) -> Tensor:
     """Normed states [N, D] at `index_N`, places in the flattened [B * L]; causal, padded on the right."""
-    with _last_block_at(trunk, index_N) as last:
+    block = last_block(trunk)
+    if type(block).__name__ not in KINDS:
         hidden_BLD: Tensor = trunk(inputs_embeds=embedded_BLD, use_cache=False).last_hidden_state
-        if last is not None:
-            states_ND: Tensor = last.norm(last.take())
-            return states_ND
-    return hidden_BLD.flatten(0, 1).index_select(0, index_N)
+        return hidden_BLD.flatten(0, 1).index_select(0, index_N)
+    rows = _LastBlock(block, index_N)
+    with in_place_of_last_block(trunk, rows):
+        trunk(inputs_embeds=embedded_BLD, use_cache=False)
+    states_ND: Tensor = last_norm(trunk)(rows.take())
+    return states_ND
 
 
 class _LastBlock(nn.Module):
     """Stands in for the last block during one forward pass."""
 
-    def __init__(self, block: Any, norm: Any, index_N: Tensor) -> None:
+    def __init__(self, block: Any, index_N: Tensor) -> None:
         super().__init__()
         self.block = block
-        self.norm = norm
         self._index_N = index_N
         self._states_ND: Tensor | None = None
 
@@ -74,19 +76,3 @@ class _LastBlock(nn.Module):
         states_ND, self._states_ND = self._states_ND, None
         assert states_ND is not None, "the trunk did not call its last block"
         return states_ND
-
-
-@contextmanager
-def _last_block_at(trunk: Any, index_N: Tensor) -> Iterator[_LastBlock | None]:
-    """None where the trunk is computed whole. Outside, the trunk is as it was."""
-    for kind, (blocks_name, norm_name) in DECODERS.items():
-        blocks = getattr(trunk, blocks_name, None)
-        if blocks and type(blocks[-1]).__name__ == kind:
-            whole = blocks[-1]
-            blocks[-1] = last = _LastBlock(whole, getattr(trunk, norm_name), index_N)
-            try:
-                yield last
-            finally:
-                blocks[-1] = whole
-            return
-    yield None
