@@ -154,9 +154,10 @@ class BatchRecord:
             self._flushing = asyncio.create_task(self._flush_later())
 
     async def _flush_later(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._hurry.wait(), FLUSH_AFTER_S)
-        await self._flush()
+        while self._rows or self._failure_rows:  # again, for what came while the ledger wrote
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), FLUSH_AFTER_S)
+            await self._flush()
 
     async def _flush(self) -> None:
         rows, self._rows = self._rows, []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from actors.rate_limiter import RateLimiter
 from morlaif_ray.errors import FeedbackError
 from morlaif_ray.feedback.breaker import News
-from morlaif_ray.feedback.client import AttemptError, Question
+from morlaif_ray.feedback.client import AttemptError, Question, RawAnswer
 from morlaif_ray.feedback.headers import RateHints
 from morlaif_ray.feedback.permits import BudgetReachedError
 from morlaif_ray.feedback.prices import Price
@@ -205,3 +206,30 @@ def test_a_judge_that_refuses_every_pair_ends_the_run_in_one_line() -> None:
     assert (
         197 <= len(judge.asked) <= 220
     )  # 49 pairs of four questions, the next, and what was in flight
+
+
+def test_an_answer_that_comes_while_the_ledger_writes_does_not_wait_for_the_next_one() -> None:
+    writes, goes_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(MemoryLedger):
+        async def append(self, *arguments: Any) -> None:
+            writes.set()
+            await goes_on.wait()
+            await super().append(*arguments)
+
+    class Held(FakeJudge):
+        async def ask(self, question: Question) -> RawAnswer:
+            answer = await super().ask(question)
+            if len(self.asked) == 2:  # comes while the first is being written
+                await writes.wait()
+            if len(self.asked) == 3:  # and this one only when both are on the disk
+                goes_on.set()
+                async with asyncio.timeout(10.0):
+                    while len(ledger.rows) < 2:
+                        await asyncio.sleep(0.01)
+            return answer
+
+    ledger = Slow()
+    outcome = asyncio.run(make_runner(Held(), ledger, max_in_flight=1).run(batch_of(1)))
+    assert outcome.num_failed == 0
+    assert len(ledger.rows) == 4
