@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-
-CRASHES = (-signal.SIGABRT, -signal.SIGSEGV)
 
 
 def run(
@@ -20,20 +17,7 @@ def run(
     logs: Sequence[Path],
     timeout_s: float,
 ) -> None:
-    """Calls `target`, which stands at the top of an importable module, once per rank; stderr goes to the rank's log.
-
-    Where the C++ heap of a rank breaks they all run once more: FSDP2 over gloo (torch 2.13) now and then does that.
-    """
-    if _crashes(target, arguments, logs, timeout_s):
-        assert not _crashes(target, arguments, logs, timeout_s), "a rank crashed twice"
-
-
-def _crashes(
-    target: Callable[..., None],
-    arguments: Sequence[tuple[Any, ...]],
-    logs: Sequence[Path],
-    timeout_s: float,
-) -> bool:
+    """Calls `target`, which stands at the top of an importable module, once per rank; stderr goes to the rank's log."""
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_run, args=(target, own, str(log)), daemon=True)
@@ -42,7 +26,7 @@ def _crashes(
     try:
         for process in processes:
             process.start()
-        return _ended_by_crash(processes, logs, timeout_s)
+        _wait(processes, logs, timeout_s)
     finally:
         for process in processes:
             process.kill()
@@ -58,26 +42,17 @@ def _run(target: Callable[..., None], arguments: tuple[Any, ...], log: str) -> N
     os._exit(0)
 
 
-def _ended_by_crash(
-    processes: Sequence[BaseProcess], logs: Sequence[Path], timeout_s: float
-) -> bool:
-    """Waits until all have ended; AssertionError with the log of the first that failed otherwise."""
+def _wait(processes: Sequence[BaseProcess], logs: Sequence[Path], timeout_s: float) -> None:
+    """Until all have ended; AssertionError with the log of the first that failed otherwise."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         codes = [process.exitcode for process in processes]
-        if any(code in CRASHES for code in codes):
-            return True
         failed = [index for index, code in enumerate(codes) if code]
         if failed:
-            time.sleep(
-                1.0
-            )  # whose partner crashed fails, too: the crash may be seen a moment later
-            if any(process.exitcode in CRASHES for process in processes):
-                return True
             log = logs[failed[0]]
             said = log.read_text(errors="replace")[-3000:] if log.exists() else ""
             raise AssertionError(f"process {failed[0]}: exit code {codes[failed[0]]}: {said}")
         if None not in codes:
-            return False
+            return
         time.sleep(0.02)
     raise AssertionError(f"{processes} have not ended within {timeout_s:.0f} s")

@@ -27,7 +27,7 @@ from tests.fake_openai.server import KEY, FakeOpenAI
 from tests.processes import WAIT_S, kill, once, pid_of, wait_until_gone
 from tests.unit.feedback.fakes import PLAN, make_pairs
 
-pytestmark = [pytest.mark.actors, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.actors
 KEY_ENV = "MORLAIF_TEST_JUDGE_KEY"
 RECIPE = LedgerRecipe(PLAN.recipe, "{}", "template")
 
@@ -149,9 +149,7 @@ def test_a_worker_that_hangs_is_killed_and_its_batch_is_done_by_its_successor(
 
         def note_and_kill(actor: object, **options: bool) -> None:
             killed.append(actor)
-            pool.stall_timeout_s = (
-                60.0  # time for a successor to start; a kill that got lost comes again
-            )
+            pool.stall_timeout_s = WAIT_S  # its successor has all the time that it needs to start
             kill_actor(actor, **options)
 
         with monkeypatch.context() as patch:
@@ -159,8 +157,7 @@ def test_a_worker_that_hangs_is_killed_and_its_batch_is_done_by_its_successor(
             freezer = once(lambda: is_waiting(path, server, 1), freeze)
             check_answers(pool.answer(batches(40)), 40)
         freezer.join(WAIT_S)
-        assert killed
-        assert killed == [pool.workers[0]] * len(killed)
+        assert killed == [pool.workers[0]]
         wait_until_gone(victim)
         assert recorded(path) == 160
         assert len(server.bodies) == 160 + 4
