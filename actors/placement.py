@@ -109,16 +109,17 @@ def _rollouts(
 ) -> Bundle:
     """`learns`: the workers get new weights after every step."""
     shape, gpus = _target(config), config.policy.rollout_gpus_per_worker
+    slices = config.policy.engine_slices
     memory = math.nan
     if shape is not None:
         load = Load(KV_SEQUENCES, config.model.max_length + new_tokens)
         # Adapters are merged into a base that stays on the host: beside the weights where those lie there, too.
         copies = 2 if learns and config.policy.lora is not None and not gpus else 1
         memory = generation_gb(
-            shape, load, copies=copies, shards=max(1, round(gpus)), on_gpu=gpus > 0
+            shape, load, copies=copies, shards=slices if gpus else 1, on_gpu=gpus > 0
         )
     reduce = f"{setting} or policy.rollout_gpus_per_worker" if gpus else setting
-    return Bundle(phase, "rollout worker", count, ROLLOUT_CPUS, gpus, memory, reduce)
+    return Bundle(phase, "rollout worker", count, slices * ROLLOUT_CPUS, gpus, memory, reduce)
 
 
 def _pairs(config: Config) -> list[Bundle]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ class RolloutWorker:
         self.engine: GenerationEngine
         if vllm is not None:
             self.engine = VllmEngine(model_path, dtype=dtype, settings=vllm)
+            # Whoever supervises this actor then sees it die, and starts it again with all its slices.
+            self.engine.when_lost(lambda: os._exit(1))
         else:
             engine = TransformersEngine.from_path(model_path, dtype=dtype)
             engine.model.to(device)
@@ -90,20 +93,23 @@ def spawn_rollout_worker(
 ) -> Any:
     """An actor handle of a `RolloutWorker` that reserves the given CPUs and the configured GPUs.
 
-    `engine`: `transformers` or `vllm`, what `engine_of` says.
+    Args:
+        engine: `transformers` or `vllm`, what `engine_of` says.
+        num_cpus: for each process of the engine.
     """
     gpus = policy.rollout_gpus_per_worker
     device = "cuda" if gpus else "cpu"
     if engine == "transformers":
         return spawn(RolloutWorker, model_path, dtype, device, num_cpus=num_cpus, num_gpus=gpus)
-    vllm = VllmSettings(**policy.vllm.model_dump())
+    slices = policy.engine_slices
+    vllm = VllmSettings(**policy.vllm.model_dump() | {"tensor_parallel_size": slices})
     return spawn(
         RolloutWorker,
         model_path,
         dtype,
         device,
         vllm,
-        num_cpus=num_cpus,
+        num_cpus=num_cpus * slices,
         num_gpus=gpus,
         # Every response in flight is a waiting call; two more for control.
         max_concurrency=vllm.max_num_seqs + 2,

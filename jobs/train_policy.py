@@ -77,10 +77,10 @@ def check_supported(context: JobContext) -> None:
     """What this version cannot do ends here, before a model loads."""
     policy = context.config.policy
     check_engine(context.config, here=remote_address(context.config) is None)
-    if policy.rollout_gpus_per_worker > 1 or policy.learner_gpus_per_rank > 1:
+    if policy.learner_gpus_per_rank > 1:
         raise ConfigError(
-            "policy.rollout_gpus_per_worker and policy.learner_gpus_per_rank are at most 1 in this version: a process "
-            "uses one GPU"
+            f"policy.learner_gpus_per_rank is {policy.learner_gpus_per_rank:g}, and a rank uses one GPU; write 1, and "
+            f"policy.learner_ranks for more"
         )
     model = context.config.model
     if policy.lora is None and model.kind != "scratch" and model.dtype == "bfloat16":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -92,6 +93,9 @@ class VllmConfig(Section):
     """Share of a GPU's memory that the engine takes; counts where `kv_cache_mb` is not set."""
     enforce_eager: bool = True
     """True: starts in seconds; False: compiles and captures graphs first, then samples faster."""
+    tensor_parallel_size: PositiveInt | None = None
+    """Processes that each hold a slice of every layer, a GPU each; None: `policy.rollout_gpus_per_worker` where that is
+    above 1, else 1."""
 
 
 class PolicyConfig(Section):
@@ -188,6 +192,7 @@ class PolicyConfig(Section):
     """Steps between tables of sample responses in the tracker; 0: none."""
     num_rollout_workers: PositiveInt = 1
     rollout_gpus_per_worker: NonNegativeFloat = 0.0
+    """Above 1: a whole number, and vLLM slices the model over them."""
     learner_ranks: PositiveInt = 1
     """Processes that share each update: every rank takes its part of the rows."""
     fsdp: bool = False
@@ -224,6 +229,30 @@ class PolicyConfig(Section):
         if self.batch_size % self.samples_per_prompt:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
+        return self
+
+    @property
+    def engine_slices(self) -> int:
+        """Processes that hold the model of one vLLM engine between them."""
+        return self.vllm.tensor_parallel_size or max(1, int(self.rollout_gpus_per_worker))
+
+    @model_validator(mode="after")
+    def _slices_have_a_gpu_each(self) -> PolicyConfig:
+        gpus, asked = self.rollout_gpus_per_worker, self.vllm.tensor_parallel_size
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"rollout_gpus_per_worker {gpus:g} is neither a part of a GPU nor a whole number; write "
+                f"{math.ceil(gpus)}"
+            )
+        if gpus > 1 and self.engine == "transformers":
+            raise ValueError(
+                f"engine transformers uses one GPU, and rollout_gpus_per_worker is {gpus:g}; write engine: vllm, or "
+                f"rollout_gpus_per_worker: 1"
+            )
+        if gpus and asked is not None and max(1, gpus) != asked:
+            raise ValueError(
+                f"vllm.tensor_parallel_size is {asked}, and rollout_gpus_per_worker {gpus:g}; leave the first one out"
             )
         return self
 

@@ -80,6 +80,11 @@ class BaseWeights:
         else:
             self._kept = {n: named[n].to("cpu", copy=True) for n in wanted if n in named}
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the kept weights."""
+        return sum(weight.nbytes for weight in self._kept.values())
+
     def check(self, expected: int, adapters: Iterable[str]) -> None:
         """ArtifactError where the learner's base is another one; KeyError where it has no such weight."""
         if self.checksum != expected:

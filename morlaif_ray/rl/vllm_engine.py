@@ -4,9 +4,11 @@
     batch = engine.generate(requests, SamplingSettings(max_new_tokens=64))
 
 The engine runs in this process (no child that could outlive it) and re-seeds torch's global generator, so it must not
-share a process with a learner. A request's seed alone decides its response, in float32 to the bit whatever else is in
-the batch. Seeds mean other numbers than with `TransformersEngine`: both engines sample the same distribution, not the
-same responses. Only this file imports vLLM; the reasons for what it works around stand beside each step.
+share a process with a learner. A model that needs several GPUs (`VllmSettings.tensor_parallel_size`) is sliced over as
+many child processes on this machine; they end when this one does. A request's seed alone decides its response, in
+float32 to the bit whatever else is in the batch. Seeds mean other numbers than with `TransformersEngine`: both engines
+sample the same distribution, not the same responses. Only this file imports vLLM; the reasons for what it works around
+stand beside each step.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import importlib.util
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from morlaif_ray.errors import ConfigError
 from morlaif_ray.rl.adapter_transfer import BaseWeights
 from morlaif_ray.rl.generation import SamplingSettings, assemble_batch, encode_requests
 from morlaif_ray.rl.lora_merging import Adapter
+from morlaif_ray.rl.weight_files import read_files, shared_files
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 
 ENVIRONMENT = {
@@ -40,6 +43,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 """What must be set before vLLM is imported, at best before the process starts."""
+SLICED_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+"""A fork of a process with threads (an actor has many) may hang or crash."""
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 """Compiling one small function would take longer than a short run samples."""
 
@@ -57,10 +62,16 @@ class VllmSettings:
     gpu_memory_utilization: float = 0.85
     enforce_eager: bool = True
     """True: starts in seconds; False: compiles and captures graphs."""
+    tensor_parallel_size: int = 1
+    """Child processes that each hold a slice of every layer (Shoeybi et al. 2019), one GPU each; 1: no child."""
 
 
 class RefreshExtension:
     """Joins vLLM's worker class (`worker_extension_cls`); `self` is the worker."""
+
+    def reload_from_files(self, paths: Sequence[str]) -> None:
+        """Adopts its slice of the weights in these files."""
+        self.reload_weights(weights_iterator=read_files(paths))  # type: ignore[attr-defined]
 
     def repack_heads(self, sent: Sequence[str]) -> int:
         """Packs output layers anew whose own weight was not in an update; returns how many.
@@ -98,6 +109,7 @@ class VllmEngine:
         self.tokenizer = load_tokenizer(str(model_path))
         self.policy_version = 0
         self._folder, self._dtype = str(model_path), dtype
+        self._num_slices = settings.tensor_parallel_size
         self._base: BaseWeights | None = None
         self._parameters, positions = _parameters_of(str(model_path))
         self.max_model_len = min(max_model_len or positions, positions)
@@ -137,7 +149,8 @@ class VllmEngine:
             raise KeyError(f"weight '{missing[0]}' is missing; vLLM takes all weights or none")
         # A writable copy of each array as it is consumed: torch must not alias read-only shared memory.
         tensors = ((name, torch.from_numpy(np.array(array))) for name, array in weights.items())
-        self._reload({"weights_iterator": tensors}, list(weights), version)
+        size = sum(array.nbytes for array in weights.values())
+        self._reload_from(tensors, size, list(weights), version)
 
     def load_adapters(
         self, adapters: Mapping[str, Sequence[Adapter]], base: int, version: int
@@ -154,21 +167,40 @@ class VllmEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         # All of them, also those without adapters: vLLM fuses layers (see above).
         tensors = self._base.merged(adapters, device)
-        self._reload({"weights_iterator": tensors}, list(self._base.names), version)
+        self._reload_from(tensors, self._base.num_bytes, list(self._base.names), version)
 
     def load_model(self, path: str) -> None:
         """The weights and tokenizer of another folder with a model of the same shape; the version is 0 again."""
         self.tokenizer = load_tokenizer(path)
         self._folder, self._base = path, None
-        self._reload({"weights_path": path}, [], 0)
+        self._reload("reload_weights", {"weights_path": path}, [], 0)
+
+    def when_lost(self, act: Callable[[], None]) -> None:
+        """Calls `act`, from a thread, as soon as a child process has died; the engine is of no more use then."""
+        if self._num_slices > 1:
+            core = self._engine.engine_core.engine_core
+            core.model_executor.register_failure_callback(act)
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 
-    def _reload(self, source: dict[str, Any], sent: list[str], version: int) -> None:
+    def _reload_from(
+        self,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        num_bytes: int,
+        sent: list[str],
+        version: int,
+    ) -> None:
+        if self._num_slices == 1:
+            self._reload("reload_weights", {"weights_iterator": tensors}, sent, version)
+            return
+        with shared_files(tensors, num_bytes) as paths:
+            self._reload("reload_from_files", {"paths": paths}, sent, version)
+
+    def _reload(self, method: str, source: dict[str, Any], sent: list[str], version: int) -> None:
         with self._condition:
             assert not self._engine.has_unfinished_requests(), "weights change between generations"
-            self._llm.collective_rpc("reload_weights", kwargs=source)
+            self._llm.collective_rpc(method, kwargs=source)
             if not torch.cuda.is_available():
                 self._llm.collective_rpc("repack_heads", args=(sent,))
             # Without this, prompts seen before would go on from keys and values of the old weights.
@@ -224,7 +256,7 @@ class VllmEngine:
 
 def prepare_vllm_environment() -> None:
     """Sets what vLLM reads when it is imported; values that the user set stay."""
-    wanted = dict(ENVIRONMENT)
+    wanted = ENVIRONMENT | SLICED_ENVIRONMENT
     if not torch.cuda.is_available():
         wanted |= CPU_ENVIRONMENT
     for name, value in wanted.items():
@@ -243,6 +275,13 @@ def _start(model_path: str, dtype: str, settings: VllmSettings, max_model_len: i
     cache_mb = settings.kv_cache_mb
     if cache_mb is None and not torch.cuda.is_available():
         cache_mb = CPU_CACHE_MB
+    sliced: dict[str, Any] = {}
+    if settings.tensor_parallel_size > 1:
+        # Children of this process: inside an actor vLLM would else ask Ray for GPUs that the actor has already.
+        sliced = {
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "distributed_executor_backend": "mp",
+        }
     memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     if cache_mb is not None:
         memory = {"kv_cache_memory_bytes": cache_mb << 20}
@@ -260,6 +299,7 @@ def _start(model_path: str, dtype: str, settings: VllmSettings, max_model_len: i
         disable_log_stats=True,
         trust_remote_code=False,
         **memory,
+        **sliced,
     )
 
 

@@ -130,3 +130,51 @@ def test_where_vllm_does_not_start_the_other_engine_is_named(
     assert str(caught.value) == (
         "rollout worker 0 did not start: no such architecture" + (hint if engine == "vllm" else "")
     )
+
+
+@pytest.mark.parametrize(
+    ("policy", "slices"),
+    [
+        ({}, 1),
+        ({"rollout_gpus_per_worker": 0.5}, 1),
+        ({"rollout_gpus_per_worker": 4}, 4),
+        ({"vllm": {"tensor_parallel_size": 2}}, 2),
+        ({"rollout_gpus_per_worker": 2, "vllm": {"tensor_parallel_size": 2}}, 2),
+    ],
+)
+def test_an_engine_has_a_slice_per_gpu(policy: dict[str, Any], slices: int) -> None:
+    assert parse_config({"policy": policy}, "x").policy.engine_slices == slices
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"rollout_gpus_per_worker": 2.5}, r"2\.5 is neither a part of a GPU nor a whole.*write 3"),
+        ({"rollout_gpus_per_worker": 2, "engine": "transformers"}, "write engine: vllm, or"),
+        (
+            {"rollout_gpus_per_worker": 2, "vllm": {"tensor_parallel_size": 4}},
+            "tensor_parallel_size is 4, and rollout_gpus_per_worker 2; leave the first one out",
+        ),
+        (
+            {"rollout_gpus_per_worker": 0.5, "vllm": {"tensor_parallel_size": 2}},
+            "tensor_parallel_size is 2, and rollout_gpus_per_worker 0.5",
+        ),
+    ],
+)
+def test_slices_without_a_gpu_each_are_one_line(policy: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"policy": policy}, "x")
+
+
+def test_slices_need_vllm_and_heads_that_they_can_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "vllm_installed", lambda: True)
+    monkeypatch.setattr(engines, "vllm_device", lambda: None)
+    model = {"kind": "scratch", "width": 192, "num_heads": 6}
+    sliced = {"rollout_gpus_per_worker": 4}
+    with pytest.raises(ConfigError, match="only vLLM slices a model over 4 GPUs; install"):
+        engines.check_engine(parse_config({"policy": sliced, "model": model}, "x"), here=True)
+    sliced["engine"] = "vllm"
+    with pytest.raises(ConfigError, match="6 attention heads cannot be shared evenly by 4 slices"):
+        engines.check_engine(parse_config({"policy": sliced, "model": model}, "x"), here=True)
+    sliced["rollout_gpus_per_worker"] = 3
+    engines.check_engine(parse_config({"policy": sliced, "model": model}, "x"), here=True)

@@ -47,14 +47,16 @@ class Pair:
     kind: str
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "llama-sliced"])
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
+    kind, _, sliced = request.param.partition("-")
     folder = tmp_path_factory.mktemp("vllm") / request.param
-    model = make_model(request.param, folder)
-    engine = VllmEngine(folder, settings=VllmSettings(kv_cache_mb=32))
-    yield Pair(engine, model, folder, request.param)
+    model = make_model(kind, folder)
+    settings = VllmSettings(kv_cache_mb=32, tensor_parallel_size=2 if sliced else 1)
+    engine = VllmEngine(folder, settings=settings)
+    yield Pair(engine, model, folder, kind)
     engine.close()
 
 

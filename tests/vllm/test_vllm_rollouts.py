@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from actors.rollout_pool import RolloutPool, weights_reference
@@ -103,3 +104,36 @@ def test_a_stopped_engine_is_replaced_after_its_call_time_out(
     assert_same(pool.generate(requests(40), SETTINGS), expected)
     assert [worker.num_restarts for worker in pool._workers] == [restarts[0], restarts[1] + 1]
     wait_until_gone(victim)
+
+
+def slices_of(pool: RolloutPool) -> list[psutil.Process]:
+    """The processes that hold the model of the pool's first engine, slice by slice."""
+    children = psutil.Process(pid_of(pool._workers[0].handle)).children(recursive=True)
+    return [child for child in children if "VLLM::" in " ".join(child.cmdline())]
+
+
+def test_a_model_sliced_over_two_processes_survives_one_of_them_and_leaves_none(
+    folder: Path, tmp_path: Path
+) -> None:
+    policy = CONFIG.policy.model_copy(
+        update={"vllm": VllmConfig(kv_cache_mb=32, tensor_parallel_size=2)}
+    )
+    pool = RolloutPool(Config(policy=policy), str(folder), 1, lambda text: None)
+    try:
+        other = make_model("gpt2", tmp_path / "other", seed=4)
+        pool.load_weights(weights_reference(weights_of(other), 5, max_bytes=40_000), 5)
+        expected = pool.generate(requests(12), SETTINGS)
+        assert largest_gap(other, expected, 1.0) < 1e-4
+        first = slices_of(pool)
+        assert len(first) == 2
+        first[1].kill()
+        for process in first:  # the other one does not outlive it
+            wait_until_gone(process.pid)
+        assert_same(pool.generate(requests(12), SETTINGS), expected)
+        assert pool._workers[0].num_restarts == 1
+        second = slices_of(pool)
+        assert len(second) == 2
+    finally:
+        pool.close()
+    for process in second:
+        wait_until_gone(process.pid)
