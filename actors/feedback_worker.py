@@ -12,6 +12,7 @@ cannot restart an actor whose arguments were evicted from there (ray-project/ray
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from morlaif_ray.config.judging import FeedbackConfig
 from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.feedback.asking import AnswerLedger, BatchOutcome, BatchRunner
 from morlaif_ray.feedback.breaker import News
+from morlaif_ray.feedback.client import HasProcesses
 from morlaif_ray.feedback.headers import RateHints
 from morlaif_ray.feedback.intents import Intent, Settled
 from morlaif_ray.feedback.judges import answer_tokens, build_feedback_client
@@ -147,8 +149,12 @@ class FeedbackWorker:
         """Built with the first call, not in the constructor, so that a missing key reaches the driver as one line."""
         if self._opened is None:
             feedback = self._feedback
+            client = build_feedback_client(feedback, seed=self._seed)
+            if isinstance(client, HasProcesses):
+                # Ray then starts this worker again, with all of them, and repeats its batches.
+                client.when_lost(lambda: os._exit(1))
             self._opened = BatchRunner(
-                build_feedback_client(feedback, seed=self._seed),
+                client,
                 self._plan,
                 self._ledger,
                 policy=RetryPolicy(max_attempts=feedback.max_attempts),
@@ -180,7 +186,10 @@ class FeedbackWorker:
 
 def worker_cpus(feedback: FeedbackConfig) -> float:
     """CPUs that one worker reserves: embedded and local judges compute, an API client mostly waits."""
-    return 1.0 if feedback.judge.kind in ("rules", "local") else 0.5
+    judge = feedback.judge
+    if judge.kind == "local":
+        return float(judge.slices)
+    return 1.0 if judge.kind == "rules" else 0.5
 
 
 def worker_gpus(feedback: FeedbackConfig) -> float:

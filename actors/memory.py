@@ -240,7 +240,8 @@ def judging_gb(judge: JudgeConfig) -> float:
     if shape is None:
         return math.nan
     load = Load(JUDGED_GROUPS, judge.max_length or JUDGED_LENGTH)
-    return generation_gb(shape, load, on_gpu=judge.gpus_per_worker > 0)
+    on_gpu = judge.gpus_per_worker > 0
+    return generation_gb(shape, load, shards=judge.slices if on_gpu else 1, on_gpu=on_gpu)
 
 
 def _with_overhead(held_gb: float, on_gpu: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -125,7 +126,33 @@ class LocalJudge(Section):
     batch_size: PositiveInt = 26
     """Most questions in one forward pass: two pairs at 13 questions. Bounds the memory of the expanded caches."""
     gpus_per_worker: NonNegativeFloat = 0.0
-    """GPUs that each of feedback.num_workers reserves; 0: CPU."""
+    """GPUs that each of feedback.num_workers reserves; 0: CPU. Above 1: a whole number, and vLLM slices the model over
+    them."""
+    tensor_parallel_size: PositiveInt | None = None
+    """Processes that each hold a slice of every layer, a GPU each (vLLM); None: `gpus_per_worker` where that is above
+    1, else 1."""
+
+    @property
+    def slices(self) -> int:
+        """Processes that hold one worker's model between them."""
+        return self.tensor_parallel_size or max(1, int(self.gpus_per_worker))
+
+    @model_validator(mode="after")
+    def _slices_have_a_gpu_each(self) -> LocalJudge:
+        gpus, asked = self.gpus_per_worker, self.tensor_parallel_size
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"gpus_per_worker {gpus:g} is neither a part of a GPU nor a whole number; write {math.ceil(gpus)}"
+            )
+        if self.slices > 1 and self.engine == "transformers":
+            raise ValueError(
+                f"engine transformers uses one GPU or none, and {self.slices} slices are asked for; write engine: vllm"
+            )
+        if gpus and asked is not None and max(1, gpus) != asked:
+            raise ValueError(
+                f"tensor_parallel_size is {asked}, and gpus_per_worker {gpus:g}; leave the first one out"
+            )
+        return self
 
 
 class FewShotExample(Section):

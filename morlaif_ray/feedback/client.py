@@ -8,7 +8,7 @@ whose only token is A or B, so that one path of parsing, debiasing and storing s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -79,6 +79,15 @@ class FeedbackClient(Protocol):
 
     async def close(self) -> None:
         """Frees connections; the client is not used afterwards."""
+        ...
+
+
+@runtime_checkable
+class HasProcesses(Protocol):
+    """What a client may offer besides: processes of its own, without which it is of no use."""
+
+    def when_lost(self, act: Callable[[], None]) -> None:
+        """Calls `act`, from a thread, as soon as one of them has died."""
         ...
 
 

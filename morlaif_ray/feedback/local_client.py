@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,11 @@ class LocalClient:
             own = getattr(text, "max_position_embeddings", None) or context + 1
             self._max_length = min(context, own - 1)
             self._vllm = VllmScorer(judge, path, self._max_length)
+        elif judge.slices > 1:
+            raise ConfigError(
+                f"feedback.judge: only vLLM slices a model over {judge.slices} processes, and it is not installed "
+                f"here; install the extra 'vllm', or write gpus_per_worker: 1"
+            )
         else:
             model = load_causal_lm(path, dtype=judge.dtype, revision=judge.revision)
             rows = model.get_input_embeddings().num_embeddings
@@ -96,6 +101,10 @@ class LocalClient:
         """One entry per question, in order; AttemptError for those that could not be asked. FeedbackError."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._answer, list(questions))
+
+    def when_lost(self, act: Callable[[], None]) -> None:
+        if self._vllm is not None:
+            self._vllm.when_lost(act)
 
     async def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

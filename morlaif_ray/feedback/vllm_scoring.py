@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from morlaif_ray.config.judging import LocalJudge
@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    # Children of a sliced model: a fork of a process with threads may hang.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 
 
@@ -51,6 +53,10 @@ class VllmScorer:
         if not on_gpu:
             # Compiling takes longer than a CPU judge gains by it.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+            # Left alone, two workers, or two slices, would be bound to the same cores.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            if judge.slices > 1:
+                os.environ["OMP_NUM_THREADS"] = "1"  # of each child: Ray's number is that of all
         import vllm
 
         room: dict[str, Any]
@@ -58,6 +64,13 @@ class VllmScorer:
             room = {"gpu_memory_utilization": GPU_SHARE * min(1.0, judge.gpus_per_worker)}
         else:
             room = {"kv_cache_memory_bytes": _cache_bytes(judge, path, max_length)}
+        self._num_slices = judge.slices
+        if judge.slices > 1:
+            # As children of this process: in an actor vLLM would else ask Ray for GPUs that the actor has already.
+            room |= {
+                "tensor_parallel_size": judge.slices,
+                "distributed_executor_backend": "mp",
+            }
         try:
             self._engine = vllm.LLM(
                 model=path,
@@ -99,6 +112,12 @@ class VllmScorer:
                 first = output.outputs[0].logprobs[0]
                 entry.update({index: value.logprob for index, value in first.items()})
         return found
+
+    def when_lost(self, act: Callable[[], None]) -> None:
+        """Calls `act`, from a thread, as soon as a child process has died; the engine is of no more use then."""
+        if self._num_slices > 1:
+            core: Any = self._engine.llm_engine.engine_core
+            core.engine_core.model_executor.register_failure_callback(act)
 
     def close(self) -> None:
         """`LLM` has no end of its own."""

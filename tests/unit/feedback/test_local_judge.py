@@ -6,16 +6,20 @@ import asyncio
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from actors import feedback_worker
+from actors.feedback_worker import worker_cpus
 from morlaif_ray.backbone import load_causal_lm, load_tokenizer
+from morlaif_ray.config import parse_config
 from morlaif_ray.config.judging import FeedbackConfig, LocalJudge
 from morlaif_ray.errors import ArtifactError, ConfigError, FeedbackError
+from morlaif_ray.feedback import local_client
 from morlaif_ray.feedback.client import AttemptError, Question, RawAnswer
 from morlaif_ray.feedback.judges import build_client, build_feedback_client, recipe_of
 from morlaif_ray.feedback.parsing import parse_answer
@@ -258,3 +262,48 @@ def test_without_vllm_auto_means_transformers_and_vllm_is_one_line(judge_folder:
         ConfigError, match=r"engine is vllm but vLLM is not installed.*transformers"
     ):
         client_of(judge_folder, engine="vllm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "slices"),
+    [({}, 1), ({"gpus_per_worker": 0.5}, 1), ({"gpus_per_worker": 4}, 4)],
+)
+def test_a_judge_has_a_slice_per_gpu(changes: dict[str, Any], slices: int) -> None:
+    judge = LocalJudge(model="judge", **changes)
+    assert judge.slices == slices
+    assert worker_cpus(FeedbackConfig(judge=judge)) == slices
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpus_per_worker": 2.5}, r"2\.5 is neither a part of a GPU nor a whole number; write 3"),
+        ({"gpus_per_worker": 2, "engine": "transformers"}, "2 slices are asked for; write engine"),
+        ({"gpus_per_worker": 2, "tensor_parallel_size": 4}, "is 4, and gpus_per_worker 2; leave"),
+    ],
+)
+def test_slices_without_a_gpu_each_are_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"feedback": {"judge": {"kind": "local", "model": "m", **changes}}}, "x")
+
+
+def test_slices_without_vllm_are_one_line(
+    judge_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_client, "vllm_is_installed", lambda: False)
+    with pytest.raises(ConfigError, match="only vLLM slices a model over 2 processes"):
+        client_of(judge_folder, tensor_parallel_size=2)
+
+
+def test_a_worker_whose_judge_lost_a_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+
+    class Sliced(FakeJudge):
+        def when_lost(self, act: Callable[[], None]) -> None:
+            act()
+
+    monkeypatch.setattr(feedback_worker, "build_feedback_client", lambda *_, **__: Sliced())
+    monkeypatch.setattr(feedback_worker.os, "_exit", codes.append)
+    worker = feedback_worker.FeedbackWorker(FeedbackConfig(), PLAN, 0, MemoryLedger(), None)
+    asyncio.run(worker.start())
+    assert codes == [1]
