@@ -205,18 +205,20 @@ def response_states(trunk: Any, batch: TokenBatch) -> Tensor:
 
     No attention mask: a causal model reads from the left, so no real token ever sees the padding on the right, and the
     fast attention kernels take no mask. Embeddings, not ids, so that transformers does not look for padding either.
-    On a CPU rows whose attention is known lie one behind another, without padding.
+    On a CPU rows whose attention is known lie one behind another, without padding and without their last tokens, whose
+    states nothing reads.
     """
     num_rows, length = batch.tokens_BL.shape
     starts_B = torch.arange(num_rows, device=batch.tokens_BL.device) * length
     tokens_BL, inputs = batch.tokens_BL, {}
     if packs(trunk):
-        real_BL, lengths_B = batch.attention_BL.bool(), batch.lengths_B
+        steps_L, lengths_B = torch.arange(length), batch.lengths_B - 1
+        read_BL = steps_L < lengths_B.unsqueeze(1)
         ends_B = lengths_B.cumsum(0)
         starts_B = ends_B - lengths_B
-        tokens_BL = tokens_BL[real_BL].unsqueeze(0)
+        tokens_BL = tokens_BL[read_BL].unsqueeze(0)
         inputs = {
-            "position_ids": torch.arange(length).expand(num_rows, -1)[real_BL].unsqueeze(0),
+            "position_ids": steps_L.expand(num_rows, -1)[read_BL].unsqueeze(0),
             "packing": Packing((0, *ends_B.tolist())),
         }
     index_N = (batch.positions_BT + starts_B.unsqueeze(1))[batch.mask_BT]
