@@ -86,7 +86,7 @@ class _HeadLogprobs(torch.autograd.Function):
         d_states = torch.empty_like(states_ND) if wants_states else None
         d_weight = torch.zeros_like(weight_VD) if wants_weight else None
         d_bias = torch.zeros_like(bias_V) if wants_bias else None
-        scale_N1 = (-gradient_N / how.temperature).to(weight_VD.dtype).unsqueeze(1)
+        scale_N1 = (-gradient_N / how.temperature).unsqueeze(1)
         for part in _chunks(len(tokens_N), how):
             slopes = _minus_slopes(
                 kept, states_ND[part], weight_VD, bias_V, tokens_N[part], how
@@ -96,9 +96,9 @@ class _HeadLogprobs(torch.autograd.Function):
             if d_states is not None:
                 torch.mm(slopes, weight_VD, out=d_states[part]).mul_(scale)
             if d_weight is not None:
-                d_weight.addmm_(slopes.t(), states_ND[part] * scale)
+                d_weight.addmm_(slopes.t(), (states_ND[part] * scale).to(weight_VD.dtype))
             if d_bias is not None:
-                d_bias += torch.mv(slopes.t(), scale.squeeze(1))
+                d_bias += torch.mv(slopes.t(), scale.squeeze(1).to(weight_VD.dtype))
         return d_states, d_weight, d_bias, None, None, None, None
 
 
