@@ -60,8 +60,9 @@ from morlaif_ray.tensor_ops import last_true_index
 from morlaif_ray.types import FloatArray
 
 DEFAULT_BATCH = 64
-PACKED_TOKENS = 2048
-"""Tokens of a pass of texts without padding: enough that reading the weights costs little beside them."""
+PACKED_TOKENS = 1024
+"""Tokens of a pass of texts without padding: enough that reading the weights costs little beside them, and few enough
+for a CPU's caches (measured with 19M weights: 5% less CPU time than padded passes; 512 and 2,048 gain less)."""
 
 
 class PreferenceModel:
