@@ -72,12 +72,14 @@ class Packing:
         ]
         mixed = [
             F.scaled_dot_product_attention(
-                *(states.transpose(1, 2) for states in text),
+                one_query.transpose(1, 2),
+                one_key.transpose(1, 2),
+                one_value.transpose(1, 2),
                 scale=scaling,
                 is_causal=not at_end,
                 enable_gqa=query.shape[1] != key.shape[1],
             ).transpose(1, 2)
-            for text in zip(*texts, strict=True)
+            for one_query, one_key, one_value in zip(*texts, strict=True)
         ]
         return torch.cat(mixed, dim=1).flatten(0, 1).unsqueeze(0)
 
@@ -137,7 +139,10 @@ def attend_packed(
     if packing is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        mixed: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return mixed
     return packing.attend(query, key, value, kwargs.get("scaling"), at_end=False), None
 
 
