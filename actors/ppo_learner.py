@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.allocation import keep_freed_memory
 from actors.learner_ranks import OtherRanks
 from actors.placement import learner_cpus
 from actors.spawning import spawn
@@ -53,6 +54,7 @@ class PPOLearnerActor:
 
     def __init__(self, settings: LearnerSettings, rank: int = 0, address: str = "") -> None:
         """`address`: host:port of rank 0's rendezvous where there are several ranks."""
+        keep_freed_memory()
         set_threads(settings.config.learner_threads)
         self._settings = settings
         self._rank = rank

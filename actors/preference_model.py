@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.allocation import keep_freed_memory
 from actors.spawning import spawn
 from actors.training import set_single_thread
 from morlaif_ray.errors import ArtifactError
@@ -32,6 +33,7 @@ class PreferenceModelActor:
         heads: Mapping[str, Mapping[int, str]] | None = None,
         last_block_at_end: bool = False,
     ) -> None:
+        keep_freed_memory()
         set_single_thread()
         self._limits: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
         self._models: dict[str, PreferenceModel] = {}

@@ -24,6 +24,8 @@ from morlaif_ray.backbone.dialogue import (
     encode_scored_texts,
     with_leading_space,
 )
+from morlaif_ray.backbone.packing import ATTENTION as PACKED_ATTENTION
+from morlaif_ray.backbone.packing import Packing, can_pack, use_packing
 from morlaif_ray.backbone.tokenizers import (
     build_word_tokenizer,
     load_tokenizer,
@@ -34,9 +36,12 @@ from morlaif_ray.backbone.tokenizers import (
 __all__ = [
     "ASSISTANT",
     "HUMAN",
+    "PACKED_ATTENTION",
     "Layout",
+    "Packing",
     "build_scratch_model",
     "build_word_tokenizer",
+    "can_pack",
     "decoder_layers",
     "dialogue_text",
     "encode_framed_texts",
@@ -53,5 +58,6 @@ __all__ = [
     "require_eos",
     "require_frame",
     "save_pretrained",
+    "use_packing",
     "with_leading_space",
 ]

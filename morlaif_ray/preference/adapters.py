@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from morlaif_ray.backbone import encode_scored_texts, load_tokenizer, load_whole
+from morlaif_ray.backbone.packing import can_pack, packed, use_packing
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.preference.batching import length_batches, padded
 from morlaif_ray.preference.branching import HEAD, end_states, layout_of
-from morlaif_ray.preference.packing import can_pack, packed, use_packing
 from morlaif_ray.preference.saved import (
     ADAPTER_WEIGHTS,
     Card,

@@ -28,6 +28,7 @@ from morlaif_ray.backbone import (
     last_block,
     last_norm,
 )
+from morlaif_ray.backbone.packing import PackedEnds, packed
 from morlaif_ray.errors import ArtifactError, ConfigError
 from morlaif_ray.preference.last_token import Ends, PaddedEnds, at_last_token, supports
 
@@ -127,20 +128,19 @@ class BranchedTail(Tail):
 class LastTail(Tail):
     """Stands in for the last block of a model without branches while `last_block_at_end` is open."""
 
-    def __init__(self, block: nn.Module, last_B: Tensor) -> None:
+    def __init__(self, block: nn.Module, ends: Ends) -> None:
         super().__init__()
         self.block = block
-        self.last_B = last_B
+        self.ends = ends
 
     def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        ends = PaddedEnds(self.last_B)
-        self.states = [self.run([self.block], hidden_BLD, ends, *args, **kwargs)]
+        self.states = [self.run([self.block], hidden_BLD, self.ends, *args, **kwargs)]
         return hidden_BLD
 
 
 @contextmanager
-def last_block_at_end(base: Any, last_B: Tensor) -> Iterator[LastTail | None]:
-    """Inside, the decoder's forward computes its last block at `last_B` alone and leaves the rest unnormed.
+def last_block_at_end(base: Any, ends: Ends) -> Iterator[LastTail | None]:
+    """Inside, the decoder's forward computes its last block at the last tokens alone and leaves the rest unnormed.
 
     None where the block's arithmetic is not known. Outside, the decoder is as it was: saving sees no trace.
     """
@@ -148,7 +148,7 @@ def last_block_at_end(base: Any, last_B: Tensor) -> Iterator[LastTail | None]:
     if block is None or not supports(block):
         yield None
         return
-    tail = LastTail(block, last_B)
+    tail = LastTail(block, ends)
     with in_place_of_last_block(base, tail):
         yield tail
 
@@ -167,15 +167,30 @@ def end_states(
         inputs["inputs_embeds"] = embed(tokens_BL)
     else:
         inputs |= {"input_ids": tokens_BL, "attention_mask": mask_BL}
+    return _states_at(base, inputs, PaddedEnds(last_B), shortcut)
+
+
+def packed_end_states(base: Any, ids: Sequence[Sequence[int]], *, shortcut: bool) -> Tensor:
+    """The same of texts one behind another, without padding, for a decoder that packs (`can_pack`). No dropout."""
+    embed = base.get_input_embeddings()
+    tokens_1T, positions_1T, packing = packed(ids, embed.weight.device)
+    inputs = {
+        "inputs_embeds": embed(tokens_1T),
+        "position_ids": positions_1T,
+        "packing": packing,
+        "use_cache": False,
+    }
+    return _states_at(base, inputs, PackedEnds(packing), shortcut)
+
+
+def _states_at(base: Any, inputs: dict[str, Any], ends: Ends, shortcut: bool) -> Tensor:
     if shortcut:
-        with last_block_at_end(base, last_B) as tail:
+        with last_block_at_end(base, ends) as tail:
             if tail is not None:
                 base(**inputs)
                 state_BD: Tensor = last_norm(base)(tail.take()[0])
                 return state_BD
-    hidden_BLD = base(**inputs).last_hidden_state
-    end_BD: Tensor = hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
-    return end_BD
+    return ends.take(base(**inputs).last_hidden_state).flatten(0, 1)
 
 
 def branch(classifier: Any, num_branches: int, num_blocks: int | None) -> BranchedTail:

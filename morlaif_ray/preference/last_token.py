@@ -69,9 +69,16 @@ def at_last_token(block: Any, hidden_BLD: Tensor, ends: Ends, **kwargs: Any) -> 
 
 def _gpt2(block: Any, hidden_BLD: Tensor, ends: Ends) -> Tensor:
     attn = block.attn
-    query, key, value = attn.c_attn(block.ln_1(hidden_BLD)).split(attn.split_size, dim=2)
+    normed_BLD = block.ln_1(hidden_BLD)
+    if type(attn.c_attn).__name__ == "Conv1D":  # one matrix [D, 3D] for query, key and value
+        weight, bias, width = attn.c_attn.weight, attn.c_attn.bias, attn.split_size
+        query = F.linear(ends.take(normed_BLD), weight[:, :width].T, bias[:width])
+        key, value = F.linear(normed_BLD, weight[:, width:].T, bias[width:]).split(width, dim=2)
+    else:  # with adapters
+        query, key, value = attn.c_attn(normed_BLD).split(attn.split_size, dim=2)
+        query = ends.take(query)
     mixed = ends.attend(
-        _heads(ends.take(query), attn.head_dim),
+        _heads(query, attn.head_dim),
         _heads(key, attn.head_dim),
         _heads(value, attn.head_dim),
         attn.scaling,

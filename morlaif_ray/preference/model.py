@@ -17,14 +17,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from morlaif_ray.backbone import (
+    can_pack,
     encode_framed_texts,
     encode_scored_texts,
     load_tokenizer,
     load_whole,
     require_eos,
     require_frame,
+    use_packing,
 )
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.errors import ArtifactError, NumericalError
@@ -39,6 +42,7 @@ from morlaif_ray.preference.branching import (
     layout_of,
     load_branches,
     num_branch_blocks,
+    packed_end_states,
     save_branched,
     tail_of,
 )
@@ -56,6 +60,9 @@ from morlaif_ray.tensor_ops import last_true_index
 from morlaif_ray.types import FloatArray
 
 DEFAULT_BATCH = 64
+PACKED_TOKENS = 1024
+"""Tokens of a pass of texts without padding: enough that reading the weights costs little beside them, and few enough
+for a CPU's caches (measured with 19M weights: 5% less CPU time than padded passes; 512 and 2,048 gain less)."""
 
 
 class PreferenceModel:
@@ -204,11 +211,35 @@ class PreferenceModel:
         self.model.eval()
         ids = self.encode(texts)
         scores = np.empty((len(ids), len(self.heads if heads is None else heads)), dtype=np.float64)
-        overhead = pass_overhead_tokens(self.model)
         lengths = [len(row) for row in ids]
-        for rows in cheapest_groups(lengths, batch_size, max_tokens, overhead):
-            scores[rows] = self._pass([ids[i] for i in rows], heads).cpu().numpy()
+        if self._packs():
+            limit = min(max_tokens or PACKED_TOKENS, PACKED_TOKENS)
+            groups, score = length_batches(lengths, batch_size, limit), self._packed_pass
+        else:
+            overhead = pass_overhead_tokens(self.model)
+            groups, score = cheapest_groups(lengths, batch_size, max_tokens, overhead), self._pass
+        for rows in groups:
+            scores[rows] = score([ids[i] for i in rows], heads).cpu().numpy()
         return scores
+
+    def _packs(self) -> bool:
+        """Whether texts are scored one behind another, without padding: on a CPU, where the attention is known."""
+        inner = _classifier(self.model)
+        weight = inner.get_input_embeddings().weight
+        return (
+            not self.is_encoder
+            and weight.device.type == "cpu"
+            and not isinstance(weight, DTensor)
+            and tail_of(inner) is None
+            and can_pack(inner.config, self.max_length)
+        )
+
+    def _packed_pass(self, ids: Sequence[Sequence[int]], heads: Sequence[int] | None) -> Tensor:
+        inner = _classifier(self.model)
+        use_packing(inner)
+        state_BD = packed_end_states(inner.base_model, ids, shortcut=self.last_block_at_end)
+        scores: Tensor = inner.score(state_BD).float()
+        return scores if heads is None else scores[:, list(heads)]
 
     def score_heads(
         self,

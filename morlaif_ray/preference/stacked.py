@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from morlaif_ray.backbone.packing import PackedEnds, Packing
 from morlaif_ray.preference.branching import Tail
-from morlaif_ray.preference.packing import PackedEnds, Packing
 
 CPU_TOKENS = 1024
 """Tokens, all adapters of a pass together, that a CPU computes at a time: more do not fit its caches."""

@@ -20,24 +20,23 @@ def measure(
     step: int,
     *,
     keep_first: bool = True,
-) -> tuple[Evaluation, list[Outputs] | None]:
-    """The evaluation of the whole batch; and, where they may be kept, this rank's outputs of the step's first
-    minibatch with their graph, so that its forward pass need not be made again."""
+) -> tuple[Evaluation, list[Outputs]]:
+    """The evaluation of the whole batch; and this rank's outputs of the first micro-batches of the step's first
+    minibatch, as many as may be kept, with their graph, so that their forward pass need not be made again."""
     first = run.minibatches(len(lengths), step, 0)[0]
-    kept_parts: list[list[int]] | None = None
-    others = list(range(len(lengths)))
-    if keep_first and run.reusable_first(first, lengths):
-        kept_parts = run.microbatches(first, lengths)
-        others = sorted(set(others).difference(first))
+    rest = sorted(set(range(len(lengths))).difference(first))
+    parts = run.microbatches(first, lengths)
+    num_kept = run.num_reusable(parts, lengths) if keep_first else 0
+    others = parts[num_kept:] + (run.microbatches(rest, lengths) if rest else [])
     results = torch.zeros(4, *tokens.mask_BT.shape, device=tokens.mask_BT.device)
-    kept: list[Outputs] = []
-    for part in kept_parts or []:
-        made = _evaluate(run, reference, tokens, part, results, keep=True)
-        kept.append(made)
-    for part in run.microbatches(others, lengths) if others else []:
+    # The graphs come last, so that nothing else is computed while they lie there.
+    for part in others:
         _evaluate(run, reference, tokens, part, results, keep=False)
+    kept = [
+        _evaluate(run, reference, tokens, part, results, keep=True) for part in parts[:num_kept]
+    ]
     run.ranks.add_up(results)
-    return Evaluation(*results.unbind()), None if kept_parts is None else kept
+    return Evaluation(*results.unbind()), kept
 
 
 def _evaluate(

@@ -19,7 +19,7 @@ from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.length_groups import pass_overhead_tokens
 from morlaif_ray.rl.experience import Experience
 from morlaif_ray.rl.functional import ppo_policy_loss, ppo_value_loss
-from morlaif_ray.rl.microbatches import MicrobatchLimits, fits_at_once, plan_microbatches
+from morlaif_ray.rl.microbatches import MicrobatchLimits, num_at_once, plan_microbatches
 from morlaif_ray.rl.policy_model import PolicyModel, TokenBatch
 from morlaif_ray.rl.ranks import Ranks
 from morlaif_ray.rl.sharding import whole
@@ -51,7 +51,10 @@ class Optimisation:
         self.device = device
         self.ranks = ranks
         self.limits = MicrobatchLimits(
-            config.microbatch_size, config.microbatch_tokens, pass_overhead_tokens(policy)
+            config.microbatch_size,
+            config.microbatch_tokens,
+            pass_overhead_tokens(policy),
+            padded=not policy.packs,
         )
         self.has_values = config.advantage == "gae"
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
@@ -83,16 +86,14 @@ class Optimisation:
             mine += [[]] * (max(len(parts) for parts in plan) - len(mine))
         return mine
 
-    def reusable_first(self, rows: Sequence[int], lengths: Sequence[int]) -> bool:
-        """Whether the evaluation of the step's first minibatch may keep its graph and so be its own forward pass.
+    def num_reusable(self, parts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+        """How many micro-batches of the step's first minibatch may keep the graph of their evaluation, from the first
+        on, which so is their own forward pass: no weight changes before the first optimizer step.
 
-        No weight changes between the evaluation and the first optimizer step. Only where on every rank the graphs of
-        its micro-batches together take no more memory than one micro-batch may; never under FSDP, where a backward
-        pass has to follow its forward pass.
+        As many as together take no more memory than one micro-batch may; none under FSDP, where a backward pass has to
+        follow its forward pass.
         """
-        own = [lengths[row] for row in rows]
-        plan = plan_microbatches(own, self.ranks.size, self.limits)
-        return not self.config.fsdp and all(fits_at_once(own, parts, self.limits) for parts in plan)
+        return 0 if self.config.fsdp else num_at_once(lengths, parts, self.limits)
 
     def take(self, tokens: TokenBatch, rows: Sequence[int]) -> TokenBatch:
         """The rows; for none, one row in which nothing counts."""
@@ -101,15 +102,14 @@ class Optimisation:
         blank = tokens.rows(self._index([0]))
         return replace(blank, mask_BT=torch.zeros_like(blank.mask_BT))
 
-    def run(
-        self, experience: Experience, step: int, first: Sequence[Outputs] | None
-    ) -> dict[str, float]:
-        """All epochs; means over the minibatches. `first`: outputs of the first minibatch's micro-batches, if known."""
+    def run(self, experience: Experience, step: int, first: Sequence[Outputs]) -> dict[str, float]:
+        """All epochs; means over the minibatches. `first`: outputs of the first micro-batches of the first minibatch,
+        as many as are known."""
         records: list[dict[str, float]] = []
         for epoch in range(self.config.num_epochs):
             for rows in self.minibatches(len(experience.lengths), step, epoch):
                 records.append(self._minibatch(experience, rows, first))
-                first = None
+                first = ()
         return {key: float(np.mean([record[key] for record in records])) for key in records[0]}
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -118,7 +118,7 @@ class Optimisation:
         return torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16)
 
     def _minibatch(
-        self, experience: Experience, rows: Sequence[int], known: Sequence[Outputs] | None
+        self, experience: Experience, rows: Sequence[int], known: Sequence[Outputs]
     ) -> dict[str, float]:
         """One optimizer step."""
         denominator = experience.tokens.mask_BT[self._index(rows)].sum().float()
@@ -126,7 +126,7 @@ class Optimisation:
         sums = torch.zeros(len(SUMS), device=self.device)
         for number, part in enumerate(self.microbatches(rows, experience.lengths)):
             tokens = self.take(experience.tokens, part)
-            if known is not None:
+            if number < len(known):
                 outputs = known[number]
             else:
                 with self.autocast():

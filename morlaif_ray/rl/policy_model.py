@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from morlaif_ray.backbone import decoder_layers
+from morlaif_ray.backbone import PACKED_ATTENTION, Packing, can_pack, decoder_layers, use_packing
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.rl.adapter_transfer import base_checksum, pack
 from morlaif_ray.rl.lora_merging import adapted_parameters, merged_parameters
-from morlaif_ray.rl.response_rows import states_at
+from morlaif_ray.rl.response_rows import is_known, states_at
 from morlaif_ray.rl.sharding import whole
 from morlaif_ray.rl.token_head import HeadSettings, head_logprobs
 from morlaif_ray.rl.weight_transfer import Array
@@ -86,6 +86,7 @@ class PolicyModel(nn.Module):
     ) -> None:
         super().__init__()
         self.how = _head_settings(model, temperature, chunk_tokens)
+        _let_pack(model)
         self.critic = copy.deepcopy(model.base_model) if separate_critic else None
         self.base_checksum: int | None = None
         """Of the weights that adapters belong to (`adapter_transfer`); None without adapters."""
@@ -143,6 +144,11 @@ class PolicyModel(nn.Module):
         return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
+    def packs(self) -> bool:
+        """Whether rows go through the trunk without padding."""
+        return packs(self._base().base_model)
+
+    @property
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
 
@@ -178,6 +184,7 @@ class ReferenceModel(nn.Module):
     def __init__(self, model: Any, temperature: float, chunk_tokens: int | None = None) -> None:
         super().__init__()
         self.how = _head_settings(model, temperature, chunk_tokens)
+        _let_pack(model)
         self.model = model
         self.eval().requires_grad_(False)
 
@@ -198,12 +205,40 @@ def response_states(trunk: Any, batch: TokenBatch) -> Tensor:
 
     No attention mask: a causal model reads from the left, so no real token ever sees the padding on the right, and the
     fast attention kernels take no mask. Embeddings, not ids, so that transformers does not look for padding either.
+    On a CPU rows whose attention is known lie one behind another, without padding and without their last tokens, whose
+    states nothing reads.
     """
-    embedded_BLD = trunk.get_input_embeddings()(batch.tokens_BL)
     num_rows, length = batch.tokens_BL.shape
-    starts_B = torch.arange(num_rows, device=embedded_BLD.device) * length
+    starts_B = torch.arange(num_rows, device=batch.tokens_BL.device) * length
+    tokens_BL, inputs = batch.tokens_BL, {}
+    if packs(trunk):
+        steps_L, lengths_B = torch.arange(length), batch.lengths_B - 1
+        read_BL = steps_L < lengths_B.unsqueeze(1)
+        ends_B = lengths_B.cumsum(0)
+        starts_B = ends_B - lengths_B
+        tokens_BL = tokens_BL[read_BL].unsqueeze(0)
+        inputs = {
+            "position_ids": steps_L.expand(num_rows, -1)[read_BL].unsqueeze(0),
+            "packing": Packing((0, *ends_B.tolist())),
+        }
     index_N = (batch.positions_BT + starts_B.unsqueeze(1))[batch.mask_BT]
-    return states_at(trunk, embedded_BLD, index_N)
+    return states_at(trunk, trunk.get_input_embeddings()(tokens_BL), index_N, **inputs)
+
+
+def packs(trunk: Any) -> bool:
+    """Whether the trunk computes rows without padding: on a CPU, whole, with attention that is known.
+
+    An accelerator has other costs: there rows stay padded.
+    """
+    on_cpu = trunk.get_input_embeddings().weight.device.type == "cpu"
+    return on_cpu and trunk.config._attn_implementation == PACKED_ATTENTION and is_known(trunk)
+
+
+def _let_pack(model: Any) -> None:
+    settings = model.config
+    longest = getattr(settings, "max_position_embeddings", None)
+    if longest is not None and can_pack(settings, longest) and is_known(model.base_model):
+        use_packing(model)
 
 
 def _spread(values_N: Tensor | None, mask_BT: Tensor) -> Tensor:

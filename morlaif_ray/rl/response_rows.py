@@ -26,15 +26,24 @@ KINDS = (
 whose blocks have classes of their own."""
 
 
-def states_at(trunk: Any, embedded_BLD: Tensor, index_N: Tensor) -> Tensor:
-    """Normed states [N, D] at `index_N`, places in the flattened [B * L]; causal, padded on the right."""
+def is_known(trunk: Any) -> bool:
+    """Whether this module knows the arithmetic of the trunk's last block."""
+    return type(last_block(trunk)).__name__ in KINDS
+
+
+def states_at(trunk: Any, embedded_BLD: Tensor, index_N: Tensor, **inputs: Any) -> Tensor:
+    """Normed states [N, D] at `index_N`, places in the flattened [B * L]; causal, padded on the right.
+
+    `inputs`: what else the trunk's forward needs, such as a packing, which makes [B, L] one row of all texts.
+    """
     block = last_block(trunk)
-    if type(block).__name__ not in KINDS:
-        hidden_BLD: Tensor = trunk(inputs_embeds=embedded_BLD, use_cache=False).last_hidden_state
+    inputs |= {"inputs_embeds": embedded_BLD, "use_cache": False}
+    if not is_known(trunk):
+        hidden_BLD: Tensor = trunk(**inputs).last_hidden_state
         return hidden_BLD.flatten(0, 1).index_select(0, index_N)
     rows = _LastBlock(block, index_N)
     with in_place_of_last_block(trunk, rows):
-        trunk(inputs_embeds=embedded_BLD, use_cache=False)
+        trunk(**inputs)
     states_ND: Tensor = last_norm(trunk)(rows.take())
     return states_ND
 
@@ -63,7 +72,12 @@ class _LastBlock(nn.Module):
         block, (*others, hidden_BLD) = self.block, args
         if type(block).__name__ == "GPT2Block":
             mask = others[1] if len(others) > 1 else kwargs.get("attention_mask")
-            mixed, _ = block.attn(block.ln_1(hidden_BLD), attention_mask=mask)
+            packing = kwargs.get("packing")
+            mixed, _ = block.attn(
+                block.ln_1(hidden_BLD),
+                attention_mask=mask,
+                **({"packing": packing} if packing else {}),
+            )
             norm = block.ln_2
         else:
             mixed, _ = block.self_attn(block.input_layernorm(hidden_BLD), *others, **kwargs)

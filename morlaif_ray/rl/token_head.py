@@ -86,38 +86,39 @@ class _HeadLogprobs(torch.autograd.Function):
         d_states = torch.empty_like(states_ND) if wants_states else None
         d_weight = torch.zeros_like(weight_VD) if wants_weight else None
         d_bias = torch.zeros_like(bias_V) if wants_bias else None
+        scale_N1 = (-gradient_N / how.temperature).unsqueeze(1)
         for part in _chunks(len(tokens_N), how):
-            d_logits = _gradient_of_logits(
-                kept, states_ND[part], weight_VD, bias_V, tokens_N[part], gradient_N[part], how
+            slopes = _minus_slopes(
+                kept, states_ND[part], weight_VD, bias_V, tokens_N[part], how
             ).to(weight_VD.dtype)
+            # The tokens' own gradients scale the narrow factor of each product, not the [n, V] one.
+            scale = scale_N1[part]
             if d_states is not None:
-                torch.mm(d_logits, weight_VD, out=d_states[part])
+                torch.mm(slopes, weight_VD, out=d_states[part]).mul_(scale)
             if d_weight is not None:
-                d_weight.addmm_(d_logits.t(), states_ND[part])
+                d_weight.addmm_(slopes.t(), (states_ND[part] * scale).to(weight_VD.dtype))
             if d_bias is not None:
-                d_bias += d_logits.sum(dim=0)
+                d_bias += torch.mv(slopes.t(), scale.squeeze(1).to(weight_VD.dtype))
         return d_states, d_weight, d_bias, None, None, None, None
 
 
-def _gradient_of_logits(
+def _minus_slopes(
     kept: Tensor | None,
     states_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
     tokens_N: Tensor,
-    gradient_N: Tensor,
     how: HeadSettings,
 ) -> Tensor:
-    """[n, V] gradient of the plain logits (before cap and temperature); overwrites `kept`."""
+    """[n, V], -temperature * d logp / d logits (before cap and temperature); overwrites `kept`."""
     slope: Tensor | None = None
     if kept is None:
         logits = _logits(states_ND, weight_VD, bias_V, how)
         if how.softcap is not None:  # d cap*tanh(x/cap) / dx = 1 - tanh^2
             slope = 1.0 - (logits * (how.temperature / how.softcap)) ** 2
         kept = torch.log_softmax(logits, dim=-1)
-    gradient = (gradient_N / how.temperature).unsqueeze(1)
-    made = kept.exp_().mul_(-gradient)
-    made.scatter_add_(1, tokens_N.unsqueeze(1), gradient)
+    made = kept.exp_()
+    made[torch.arange(len(tokens_N), device=made.device), tokens_N] -= 1.0
     return made if slope is None else made.mul_(slope)
 
 
@@ -127,8 +128,8 @@ def _logits(
     """float32 whatever the weights' dtype: a log-sum-exp near 10 has steps of 0.06 in bfloat16."""
     logits = torch.nn.functional.linear(states_ND, weight_VD, bias_V).float()
     if how.softcap is not None:
-        logits = how.softcap * torch.tanh(logits / how.softcap)
-    return logits if how.temperature == 1.0 else logits / how.temperature
+        logits = logits.div_(how.softcap).tanh_().mul_(how.softcap)
+    return logits if how.temperature == 1.0 else logits.div_(how.temperature)
 
 
 def _chunks(num: int, how: HeadSettings) -> list[slice]:

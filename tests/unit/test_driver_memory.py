@@ -1,16 +1,18 @@
-"""What would make a driver grow with the number of steps: rows of the log, and malloc's heaps per thread."""
+"""What would make a driver grow with the number of steps: rows of the log, and malloc's heaps per thread; and what
+actors that compute ask of malloc."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from actors import session
+from actors import allocation, session
 from tests.unit.test_arm_record import METRICS, record_in
 
 pytestmark = pytest.mark.unit
@@ -30,18 +32,25 @@ def test_a_record_holds_no_more_after_many_steps_than_after_one(tmp_path: Path) 
     assert held(record) == before
 
 
-def test_the_driver_keeps_to_few_arenas_where_the_c_library_has_them(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("ask", "expected"),
+    [
+        (session.limit_arenas, [(-8, 2)]),
+        (allocation.keep_freed_memory, [(-3, 2**30), (-1, 2**31 - 1)]),
+    ],
+)
+def test_malloc_is_asked_where_the_c_library_has_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[], None], expected: list[tuple[int, int]]
 ) -> None:
     asked: list[tuple[int, int]] = []
     glibc = SimpleNamespace(mallopt=lambda option, value: asked.append((option, value)))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: glibc)
     monkeypatch.setattr(sys, "platform", "linux")
-    session.limit_arenas()
-    assert asked == [(-8, 2)]  # M_ARENA_MAX of glibc's malloc.h
+    ask()
+    assert asked == expected  # numbers of glibc's malloc.h
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())  # musl
-    session.limit_arenas()
+    ask()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: glibc)
-    session.limit_arenas()
-    assert len(asked) == 1
+    ask()
+    assert asked == expected

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
+from morlaif_ray.backbone.packing import KINDS, Packing, can_pack, packed, use_packing
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.preference import AdapterBank, PreferenceModel
-from morlaif_ray.preference.packing import KINDS, Packing, can_pack, packed, use_packing
 from morlaif_ray.preference.stacked import Chosen, StackedLora
 
 pytestmark = [
@@ -114,7 +114,7 @@ def test_every_way_through_a_bank_gives_the_same_scores(
     folders = sorted(map(str, tmp_path.iterdir()))
     whole = AdapterBank.load(folders).score_folders(texts)
     if how == "padded":  # a backbone whose attention is not known
-        monkeypatch.setattr("morlaif_ray.preference.packing.KINDS", ())
+        monkeypatch.setattr("morlaif_ray.backbone.packing.KINDS", ())
     monkeypatch.setattr("morlaif_ray.preference.stacked.CPU_TOKENS", 1)
     bank = AdapterBank.load(folders)
     assert (bank._tail is None) == (how == "padded")

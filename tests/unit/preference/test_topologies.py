@@ -158,6 +158,34 @@ def test_the_last_block_at_the_end_alone_gives_the_same_scores_and_gradients(
     assert set(model.model.state_dict()) == names
 
 
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_without_padding_are_those_of_padded_rows(
+    backbone: Backbone, kind: str, shortcut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opinionated(
+        PreferenceModel.from_backbone(backbone(kind), HEADS, max_length=24, seed=5), 1
+    )
+    model.last_block_at_end = shortcut
+    seen: list[tuple[int, ...]] = []
+    model.model.base_model.register_forward_hook(
+        lambda _, __, kwargs, ___: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    padded = model.forward(model.encode(TEXTS)).detach().numpy()
+    rows = len(TEXTS)
+    num_tokens = sum(len(ids) for ids in model.encode(TEXTS))
+    np.testing.assert_allclose(model.raw_scores(TEXTS), padded, atol=1e-5)
+    np.testing.assert_allclose(model.raw_scores(TEXTS, [1])[:, 0], padded[:, 1], atol=1e-5)
+    assert seen[1:] == [(1, num_tokens)] * 2
+    # A pass of rows with a gradient, as in training, is what it was before.
+    np.testing.assert_array_equal(model.forward(model.encode(TEXTS)).detach().numpy(), padded)
+    assert seen[3] == seen[0]
+    assert seen[0][0] == rows
+    monkeypatch.setattr("morlaif_ray.preference.model.PACKED_TOKENS", 1)
+    np.testing.assert_allclose(model.raw_scores(TEXTS), padded, atol=1e-5)
+    assert len(seen) == 4 + rows
+
+
 def test_a_block_of_unknown_arithmetic_is_computed_whole(backbone: Backbone) -> None:
     from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 

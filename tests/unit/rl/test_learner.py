@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "critic": {"separate_critic": True},
     "kept_forward": {"num_minibatches": 1, "microbatch_size": 64},
     "kept_first_of_two": {"microbatch_size": 3},
+    "kept_in_part": {"num_minibatches": 1, "microbatch_size": 4},
     "token_budget": {"microbatch_tokens": 16, "microbatch_size": 64},
     "chunks": {"logprob_chunk_tokens": 4},
     "checkpointing": {"gradient_checkpointing": True},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from morlaif_ray.rl.microbatches import MicrobatchLimits, fits_at_once, plan_microbatches
+from morlaif_ray.rl.microbatches import MicrobatchLimits, num_at_once, plan_microbatches
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
 
@@ -59,9 +59,28 @@ def test_every_row_is_in_exactly_one_microbatch_and_ranks_differ_by_less_than_a_
     assert max(tokens) - min(tokens) < max(lengths)
 
 
-def test_what_fits_at_once_stays_within_one_microbatch() -> None:
+def test_as_many_parts_are_kept_as_one_microbatch_may_hold() -> None:
     lengths, parts = [10, 10, 4], [[0, 1], [2]]
-    assert fits_at_once(lengths, parts, MicrobatchLimits(max_rows=3))
-    assert not fits_at_once(lengths, parts, MicrobatchLimits(max_rows=2))
-    assert fits_at_once(lengths, parts, MicrobatchLimits(max_rows=3, max_tokens=24))
-    assert not fits_at_once(lengths, parts, MicrobatchLimits(max_rows=3, max_tokens=23))
+    for limits, expected in (
+        (MicrobatchLimits(max_rows=3), 2),
+        (MicrobatchLimits(max_rows=2), 1),
+        (MicrobatchLimits(max_rows=1), 0),
+        (MicrobatchLimits(max_rows=3, max_tokens=24), 2),
+        (MicrobatchLimits(max_rows=3, max_tokens=23), 1),
+        (MicrobatchLimits(max_rows=3, max_tokens=19), 0),
+    ):
+        assert num_at_once(lengths, parts, limits) == expected
+
+
+def test_without_padding_a_microbatch_is_as_large_as_it_may_be() -> None:
+    # Longest first: 50 50 49 10 9
+    lengths = [10, 50, 9, 50, 49]
+    for rows, tokens, expected in (
+        (64, None, [[1, 3, 4, 0, 2]]),
+        (2, None, [[1, 3], [4, 0], [2]]),
+        (64, 109, [[1, 3], [4, 0, 2]]),
+        (64, 49, [[1], [3], [4], [0, 2]]),
+    ):
+        limits = MicrobatchLimits(rows, tokens, overhead_tokens=1, padded=False)
+        assert plan_microbatches(lengths, 1, limits) == [expected]
+    assert num_at_once([9, 3, 4], [[0, 1], [2]], MicrobatchLimits(3, 16, padded=False)) == 2

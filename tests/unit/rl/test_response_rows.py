@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GemmaConfig, GemmaModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import (
+    GemmaConfig,
+    GemmaModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+)
 
+from morlaif_ray.rl.policy_model import TokenBatch, _let_pack, packs, response_states
 from morlaif_ray.rl.response_rows import states_at
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("error")]
@@ -66,3 +76,33 @@ def test_a_trunk_that_is_not_known_is_computed_whole() -> None:
     embedded, index = torch.randn(2, 4, 16), torch.tensor([0, 5])
     expected = trunk(inputs_embeds=embedded).last_hidden_state.flatten(0, 1)[index]
     torch.testing.assert_close(states_at(trunk, embedded, index), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_rows_without_padding_give_the_states_and_gradients_of_padded_ones(kind: str) -> None:
+    torch.manual_seed(0)
+    trunk = TRUNKS[kind]().eval()
+    batch = TokenBatch.from_lengths(
+        torch.randint(0, 30, (3, 9)), torch.tensor([2, 5, 1]), torch.tensor([4, 1, 8])
+    )
+    pull, found, seen = torch.randn(13, 16), [], []
+    trunk.register_forward_hook(
+        lambda _, __, kwargs, ___: seen.append(kwargs["inputs_embeds"].shape), with_kwargs=True
+    )
+    for _ in range(2):
+        trunk.zero_grad()
+        states = response_states(trunk, batch)
+        (states * pull).sum().backward()
+        found.append([states.detach(), *(p.grad.clone() for p in trunk.parameters())])
+        _let_pack(trunk)
+    assert seen == [(3, 9, 16), (1, 18, 16)]  # 6 + 6 + 9 tokens, three of which end a row
+    for padded, packed in zip(*found, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_in_a_window_stays_padded() -> None:
+    settings = {**SMALL, **HEADS, "max_position_embeddings": 64}
+    for window, expected in ((8, False), (64, True)):
+        trunk = MistralModel(MistralConfig(**settings, sliding_window=window))
+        _let_pack(trunk)
+        assert packs(trunk) == expected

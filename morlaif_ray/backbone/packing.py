@@ -60,19 +60,28 @@ class Packing:
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, at_end: bool
     ) -> Tensor:
         """`attend` without any padding."""
-        query, key, value = (self._by_copy(states) for states in (query, key, value))
-        mixed = query.new_empty(self.times, query.shape[2], query.shape[1], query.shape[3])
-        for row, (start, end) in enumerate(pairwise(self.starts)):
-            mine = slice(row, row + 1) if at_end else slice(start, end)
-            mixed[:, mine] = F.scaled_dot_product_attention(
-                query[:, :, mine],
-                key[:, :, start:end],
-                value[:, :, start:end],
+        sizes = [end - start for start, end in pairwise(self.starts)]
+        # Split by the tokens' own dimension, which lies outermost: gradients come back in one piece, not text by text.
+        texts = [
+            self._by_copy(states).transpose(1, 2).split(parts, dim=1)
+            for states, parts in (
+                (query, [1] * len(sizes) if at_end else sizes),
+                (key, sizes),
+                (value, sizes),
+            )
+        ]
+        mixed = [
+            F.scaled_dot_product_attention(
+                one_query.transpose(1, 2),
+                one_key.transpose(1, 2),
+                one_value.transpose(1, 2),
                 scale=scaling,
                 is_causal=not at_end,
                 enable_gqa=query.shape[1] != key.shape[1],
             ).transpose(1, 2)
-        return mixed.flatten(0, 1).unsqueeze(0)
+            for one_query, one_key, one_value in zip(*texts, strict=True)
+        ]
+        return torch.cat(mixed, dim=1).flatten(0, 1).unsqueeze(0)
 
     def side_by_side(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, at_end: bool
@@ -122,12 +131,19 @@ def attend_packed(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
-    scaling: float | None = None,
-    **_: Any,
+    packing: Packing | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of its own attention; scores only, so no dropout."""
-    return packing.attend(query, key, value, scaling, at_end=False), None
+    """What transformers calls in place of its own attention. Packed texts are attended without dropout; a forward
+    without `packing` is that of rows, as transformers computes it."""
+    if packing is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        mixed: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return mixed
+    return packing.attend(query, key, value, kwargs.get("scaling"), at_end=False), None
 
 
 def can_pack(config: Any, max_length: int) -> bool:
@@ -139,7 +155,10 @@ def can_pack(config: Any, max_length: int) -> bool:
 
 
 def use_packing(model: Any) -> None:
-    """Lets a transformers model attend inside packed texts; from now on it needs `packing=` in every forward."""
+    """Lets a transformers model attend inside packed texts in forwards that are given `packing=`.
+
+    Any other forward must be of rows without padding on the left: the model makes no masks any more.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attend_packed)
