@@ -7,13 +7,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool, join_batches
 from actors.stored_rollouts import StoredRollouts
-from actors.supervision import cause_of, lost_errors, one_line, was_killed
+from actors.supervision import (
+    InputLostError,
+    KilledAtStartError,
+    cause_of,
+    input_is_lost,
+    lost_errors,
+    one_line,
+    was_killed,
+)
+from jobs.arm_parity import gap_between
 from jobs.arm_record import ArmRecord
 from jobs.arm_scoring import ArmScorer, PanelStream, Responses, ScoredBatch
 from jobs.context import JobContext
@@ -65,7 +72,8 @@ def _started(learner: Any, timeout_s: float) -> tuple[int, list[str], dict[str, 
         if isinstance(cause, MorlaifError) and not isinstance(cause, ActorLostError):
             raise cause from None  # it would be the same again
         said = cause.message if isinstance(cause, ActorLostError) else one_line(error.cause)
-        raise _NotStartedError(f"did not start: {said}") from None
+        killed = isinstance(cause, KilledAtStartError)
+        raise _NotStartedError(f"did not start: {said}", killed=killed) from None
     except lost_errors() as error:
         killed = was_killed(error)
         raise _NotStartedError(f"did not start: {one_line(error)}", killed=killed) from None
@@ -126,10 +134,9 @@ class Arm:
         except _NotStartedError as error:
             if not error.killed:
                 raise ActorLostError(f"arm '{self.config.name}': the learner {error}") from None
-            self._restore_learner(str(error))
+            self.go_back(str(error))
         if self.step:
-            with suppress(LearnerWentBack):
-                self._rollouts.load_weights(self._new_weights(), self.step)
+            self._hand_out_weights()
         return self.step
 
     def generate(self, step: int) -> StoredRollouts:
@@ -171,16 +178,12 @@ class Arm:
         )
         probe = join_batches(probes)
         expected_BT = self._ask("logprobs", probe)
-        gap_BT = np.abs(probe.logprobs_BT - expected_BT)
-        worst = self.gauges["parity_gap_max"] = float(gap_BT.max())
-        self.gauges["parity_gap_mean"] = float(gap_BT.sum() / probe.response_lengths_B.sum())
-        if not worst <= policy.parity_threshold:
+        gap = gap_between(probe, expected_BT)
+        self.gauges |= {"parity_gap_max": gap.worst, "parity_gap_mean": gap.mean}
+        alarm = gap.alarm(policy.parity_threshold)
+        if alarm is not None:
             self.gauges["parity_alarms"] = self.gauges.get("parity_alarms", 0.0) + 1
-            self.context.reporter.line(
-                f"  arm {self.config.name}: step {step}: engine and learner differ by {worst:.3g} nats on a token "
-                f"(policy.parity_threshold is {policy.parity_threshold:g}): the engine may hold other weights, or its "
-                f"precision is too low"
-            )
+            self.context.reporter.line(f"  arm {self.config.name}: step {step}: {alarm}")
 
     def update(
         self, step: int, batch: RolloutBatch | StoredRollouts, scored: ScoredBatch
@@ -209,8 +212,7 @@ class Arm:
         """Takes the new weights from the learner: references, they never pass the driver. The rollout workers load
         them before they sample again: one step off that is beside the next update."""
         started = time.monotonic()
-        weights = self._new_weights()
-        self._unloaded = (weights, step, time.monotonic() - started)
+        self._unloaded = (self._new_weights(), step, time.monotonic() - started)
         self.step = step
 
     def _load_new_weights(self) -> None:
@@ -268,13 +270,13 @@ class Arm:
         try:
             return ray.get(pending, timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, ray.exceptions.ObjectLostError):
+            if not input_is_lost(error):
                 raise cause_of(error) from None
-            self._restore_learner("the node that held its responses was lost")
+            self.go_back(f"what {method} needs was lost with the node that held it")
         except ray.exceptions.GetTimeoutError:
-            self._restore_learner(f"no answer to {method} in {timeout_s:.0f} s")
+            self.go_back(f"no answer to {method} in {timeout_s:.0f} s")
         except lost_errors() as error:
-            self._restore_learner(one_line(error))
+            self.go_back(one_line(error))
         raise LearnerWentBack
 
     def _new_weights(self) -> list[Any]:
@@ -294,7 +296,7 @@ class Arm:
         self._record.go_back(self.step)
         self.scorer.restore(state.get("scores", {}))
 
-    def _restore_learner(self, cause: str) -> None:
+    def go_back(self, cause: str) -> None:
         """A fresh learner at the last checkpoint, and its weights in the rollout workers; within the budget."""
         import ray
 
@@ -315,9 +317,15 @@ class Arm:
             self._learner = self._spawn_learner()
             try:
                 self._adopt_learner()
+                break
             except _NotStartedError as error:
                 cause = str(error)
-                continue
-            break
-        with suppress(LearnerWentBack):  # lost once more: the inner call has restored everything
-            self._rollouts.load_weights(self._new_weights(), self.step)
+        self._hand_out_weights()
+
+    def _hand_out_weights(self) -> None:
+        """The learner's weights to all rollout workers, also where they are lost on the way."""
+        try:
+            with suppress(LearnerWentBack):  # the call that raised it has restored everything
+                self._rollouts.load_weights(self._new_weights(), self.step)
+        except InputLostError as error:
+            self.go_back(error.message)
