@@ -307,13 +307,14 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def overlap(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Share of wall time in which the learner does not update, one-step-off, two rollout workers; and of the loop
-    alone, with actors that sleep.
+    """Share of wall time in which the learner does not update, one-step-off, two rollout workers: of the loop alone,
+    with actors that sleep, and of real ones.
 
     Small models and short responses with 4 epochs: the learner, not the rollouts, is the bottleneck.
     """
-    from benchmarks.ppo_overlap import simulated_idle_share
+    from benchmarks.ppo_overlap import report, simulate, simulation
 
+    simulated = report(simulate(simulation(folder / "simulated"), 12))
     policy = {"staleness": 1, "importance_cap": 2.0, "num_rollout_workers": 2, "max_new_tokens": 24}
     (folder / "real").mkdir(parents=True)
     workload = make_workload(folder / "real", QUICK, topology="shared_trunk", policy=policy)
@@ -326,15 +327,10 @@ def overlap(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ours.close()
     side = ours.measured
     print(
-        f"step {side.median_seconds:.2f} s: update {side.phase('update'):.2f} s, beside it new weights "
-        f"{side.phase('refresh'):.2f} s, generation {side.phase('generate'):.2f} s and scores "
+        f"real actors ({len(idle)} steps): step {side.median_seconds:.2f} s: update {side.phase('update'):.2f} s, "
+        f"beside it new weights {side.phase('refresh'):.2f} s, generation {side.phase('generate'):.2f} s and scores "
         f"{side.phase('score'):.2f} s; idle {statistics.median(idle):.1%}"
     )
-    (folder / "simulated").mkdir()
-    short = {**policy, "parity_every": 0, "batch_size": 512, "max_new_tokens": 128}
-    small = make_workload(folder / "simulated", TINY, topology="shared_trunk", policy=short)
-    simulated = simulated_idle_share(small, 12)
-    print(f"actors that sleep, 512 responses of 128 tokens: idle {simulated:.1%}")
     return {
         "learner_idle_share": round(statistics.median(idle), 3),
         "learner_idle_share_simulated": round(simulated, 3),

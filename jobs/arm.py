@@ -79,6 +79,20 @@ def _started(learner: Any, timeout_s: float) -> tuple[int, list[str], dict[str, 
         raise _NotStartedError(f"did not start: {one_line(error)}", killed=killed) from None
 
 
+def _beyond_budget(arm: str, deaths: int, cause: str, budget: int) -> ActorLostError:
+    return ActorLostError(
+        f"arm '{arm}': the learner died {deaths} times (last: {cause}); policy.max_restarts is {budget}; the same "
+        f"command resumes from the last checkpoint"
+    )
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    return (
+        f"reward {summary['reward_gain_sd']:+.2f} SFT standard deviations at KL {summary['final_kl']:.1f} after "
+        f"{summary['num_steps']} steps"
+    )
+
+
 class Arm:
     """Owns a learner and a rollout pool; shares the panel. Used by one thread."""
 
@@ -96,9 +110,9 @@ class Arm:
         """Wall seconds of the phases of the last step; with `policy.staleness: 1` phases overlap."""
         self.gauges: dict[str, float] = {}
         """How the loop ran, beside the seconds; like them no part of the results."""
+        work.mkdir(parents=True, exist_ok=True)
         self._record = ArmRecord(context, config, work, self.num_steps)
         self._restarts = 0
-        work.mkdir(parents=True, exist_ok=True)
         self.scorer = ArmScorer(context, config, panel)
         self._stream: PanelStream | None = None
         self._unloaded: tuple[list[Any], int, float] | None = None
@@ -188,10 +202,15 @@ class Arm:
     def update(
         self, step: int, batch: RolloutBatch | StoredRollouts, scored: ScoredBatch
     ) -> dict[str, float]:
-        """One PPO step. LearnerWentBack (here and below) where the learner was lost and restored."""
+        """One PPO step; sampling for the next one begins beside it. LearnerWentBack (here and below) where the learner
+        was lost and restored."""
         started = time.monotonic()
         arguments = (batch, scored.reward_B, self.scorer.by_principle(scored))
-        pending = self._learner.update.remote(*arguments)
+        pending = self._learner.update.remote(
+            *arguments
+        )  # first of all: nothing else is waited for
+        if step + 1 < self.num_steps:
+            self.ahead.begin(step + 1)
         observed = self.scorer.observations(batch, scored)  # while the learner works
         metrics: dict[str, float] = self._answer("update", pending)
         self.seconds["seconds_update"] = time.monotonic() - started
@@ -241,10 +260,7 @@ class Arm:
         summary = self._record.publish(self.scorer.reference_rewards(reference))
         ray.kill(self._learner)
         self._rollouts.close()
-        self.context.reporter.line(
-            f"  arm {self.config.name}: reward {summary['reward_gain_sd']:+.2f} SFT standard deviations at KL "
-            f"{summary['final_kl']:.1f} after {self.num_steps} steps"
-        )
+        self.context.reporter.line(f"  arm {self.config.name}: {_outcome(summary)}")
 
     # ------------------------------------------------------------ inside
 
@@ -304,10 +320,7 @@ class Arm:
         while True:
             ray.kill(self._learner)
             if self._restarts >= budget:
-                raise ActorLostError(
-                    f"arm '{self.config.name}': the learner died {self._restarts + 1} times (last: {cause}); "
-                    f"policy.max_restarts is {budget}; the same command resumes from the last checkpoint"
-                )
+                raise _beyond_budget(self.config.name, self._restarts + 1, cause, budget)
             self._restarts += 1
             self.ahead.drop()
             self._unloaded = None

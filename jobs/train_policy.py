@@ -108,8 +108,6 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
                 arm.finish()
                 break
             batch, scored = _next_batch(arm, step)
-            if step + 1 < arm.num_steps:
-                arm.ahead.begin(step + 1)
             metrics = arm.update(step, batch, scored)
             arm.await_rollouts(step - batch.policy_version)
             arm.refresh(step + 1)
