@@ -6,11 +6,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from actors.supervision import one_line
+from actors.supervision import KilledAtStartError, one_line, was_killed
 from morlaif_ray.errors import ActorLostError, MorlaifError
 from morlaif_ray.rl.ranks import Ranks, leave_ranks
 
@@ -38,7 +38,8 @@ class OtherRanks:
     def begin(
         self, join: Callable[[], Ranks], make: Callable[[Ranks], None], timeout_s: float
     ) -> None:
-        """Joins the group, then makes this rank. ActorLostError as soon as another rank is seen to be lost.
+        """Joins the group, then makes this rank. ActorLostError as soon as another rank is seen to be lost:
+        KilledAtStartError where one was killed, so that the next group may come up.
 
         A rank that is lost before it joined leaves the others waiting for it inside `join`, up to the call time-out:
         so rank 0 joins in a thread and looks after the others meanwhile.
@@ -52,10 +53,11 @@ class OtherRanks:
             raise
         except Exception as error:
             leave_ranks()
-            causes = self._causes(starting)
-            if not causes:
+            failures = self._failures(starting)
+            if not failures:
                 raise
-            raise ActorLostError(_lost([f"rank 0: {_first_line(error)}", *causes])) from None
+            causes = [f"rank 0: {_first_line(error)}", *_causes(failures)]
+            raise _start_error(failures)(_lost(causes)) from None
         if not self._all_up(starting, timeout_s):
             raise ActorLostError(_lost([f"one is not up after {timeout_s:.0f} s"]))
 
@@ -89,7 +91,10 @@ class OtherRanks:
             try:
                 ray.get(reference)
             except ray.exceptions.RayError as error:
-                raise ActorLostError(_lost([f"rank {rank}: {_why(error)}"])) from None
+                kind = _start_error({rank: error})
+                if kind is ActorLostError:  # it may have failed because another one was killed
+                    kind = _start_error(self._failures(starting))
+                raise kind(_lost([f"rank {rank}: {_why(error)}"])) from None
         return len(ready) == len(starting)
 
     def pids(self, timeout_s: float) -> list[int]:
@@ -113,21 +118,31 @@ class OtherRanks:
         """Ends rank 0 with the cause in its log. Ranks without others (1..N-1) go on to raise the error instead."""
         if not self._handles:
             return
-        causes = [f"rank 0: {_first_line(error)}", *self._causes(pending)]
+        causes = [f"rank 0: {_first_line(error)}", *_causes(self._failures(pending))]
         print(_lost(causes), file=sys.stderr, flush=True)
         os._exit(1)
 
-    def _causes(self, pending: Sequence[Any]) -> list[str]:
+    def _failures(self, pending: Sequence[Any]) -> dict[int, Exception]:
+        """What the other ranks met, by rank, after a moment."""
         import ray
 
-        causes = []
+        failures: dict[int, Exception] = {}
         deadline = time.monotonic() + CAUSE_TIMEOUT_S
         for rank, reference in enumerate(pending, start=1):
             try:
                 ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                causes.append(f"rank {rank}: {_first_line(error)}")
-        return causes
+                failures[rank] = error
+        return failures
+
+
+def _causes(failures: Mapping[int, Exception]) -> list[str]:
+    return [f"rank {rank}: {_first_line(error)}" for rank, error in failures.items()]
+
+
+def _start_error(failures: Mapping[int, Exception]) -> type[ActorLostError]:
+    killed = any(was_killed(error) for error in failures.values())
+    return KilledAtStartError if killed else ActorLostError
 
 
 def _lost(causes: Sequence[str]) -> str:

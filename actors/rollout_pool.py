@@ -11,7 +11,17 @@ from actors.engines import engine_of
 from actors.placement import ROLLOUT_CPUS
 from actors.rollout_worker import spawn_rollout_worker
 from actors.stored_rollouts import StoredRollouts, Told
-from actors.supervision import Call, SupervisedActor, call_all, map_over, wait_all_ready
+from actors.supervision import (
+    Call,
+    InputLostError,
+    SupervisedActor,
+    call_all,
+    cause_of,
+    input_is_lost,
+    input_lost,
+    map_over,
+    wait_all_ready,
+)
 from morlaif_ray.config import Config
 from morlaif_ray.errors import ActorLostError
 from morlaif_ray.rl.generation import SamplingSettings
@@ -70,7 +80,12 @@ class RolloutPool:
         if self._weights is not None:
             method, arguments = self._loading()
             timeout_s = self._policy.call_timeout_s
-            ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)
+            try:
+                ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)
+            except ray.exceptions.RayTaskError as error:
+                if input_is_lost(error):
+                    raise InputLostError(input_lost("rollout worker", method)) from None
+                raise cause_of(error) from None
 
     def _loading(self) -> tuple[str, tuple[Any, ...]]:
         """(method, arguments) that bring a worker to the current weights."""
@@ -137,7 +152,8 @@ class RolloutPool:
 
     def load_weights(self, weights: Any, version: int) -> None:
         """Gives every worker the weights: a list of references to buckets (of all weights, or of adapters to what the
-        workers started with), or a plain dict (or a reference to one)."""
+        workers started with), or a plain dict (or a reference to one). InputLostError (here and wherever a worker is
+        started again) where the buckets are gone: then the workers hold unlike weights until the next call."""
         self._weights, self._version = weights, version
         method, arguments = self._loading()
         held = call_all([Call(worker, method, arguments) for worker in self._workers])

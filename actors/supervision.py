@@ -19,6 +19,14 @@ from typing import Any
 from morlaif_ray.errors import ActorLostError, MorlaifError
 
 
+class KilledAtStartError(ActorLostError):
+    """A process was ended from outside while it started: the next one may come up."""
+
+
+class InputLostError(ActorLostError):
+    """What a call was to work on is gone from the object store: whoever made it has to make it again."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One remote call to make: `actor.method(*arguments)`."""
@@ -117,6 +125,9 @@ class SupervisedActor:
                     ray.kill(fresh)
                     cause = one_line(error)
                     continue
+                except InputLostError:  # it is sound; who makes the input again asks it again
+                    self.handle = fresh
+                    raise
                 # Only now can another thread see it: a worker that is not up to date gets no call.
                 self.handle = fresh
                 return
@@ -149,7 +160,7 @@ class PendingCalls:
     def results(self) -> list[Any]:
         """In the order of the calls, each collected once however often this is asked.
 
-        Raises the method's own error as it is, or ActorLostError when a restart budget is used up.
+        Raises the method's own error as it is, ActorLostError when a restart budget is used up, or InputLostError.
         """
         while self._waiting:
             for index, (reference, handle) in list(self._waiting.items()):
@@ -189,6 +200,8 @@ def _collect(call: Call, reference: Any, handle: Any) -> tuple[bool, Any]:
             return True, value
         except ray.exceptions.RayTaskError as error:
             actor.heard = time.monotonic()
+            if input_is_lost(error):
+                raise InputLostError(input_lost(actor.name, call.method)) from None
             raise cause_of(error) from None
         except ray.exceptions.GetTimeoutError:
             if max(asked, actor.heard) + actor.call_timeout_s > time.monotonic():
@@ -200,11 +213,30 @@ def _collect(call: Call, reference: Any, handle: Any) -> tuple[bool, Any]:
 
 
 def lost_errors() -> tuple[type[Exception], ...]:
-    """What Ray raises for a call to an actor that is gone. A kill by its memory monitor is no RayActorError."""
+    """What Ray raises for a call to an actor that is gone, or whose answer is gone with its node. A kill by Ray's
+    memory monitor is no RayActorError."""
     import ray
 
     raised = ray.exceptions
-    return (raised.RayActorError, raised.OutOfMemoryError, raised.ActorUnschedulableError)
+    return (
+        raised.RayActorError,
+        raised.OutOfMemoryError,
+        raised.ActorUnschedulableError,
+        raised.ObjectLostError,
+    )
+
+
+def input_is_lost(error: Any) -> bool:
+    """Whether a method could not begin, or go on, because something in the object store is gone with its node or with
+    the actor that made it."""
+    import ray
+
+    return isinstance(error.cause, ray.exceptions.ObjectLostError | ray.exceptions.RayActorError)
+
+
+def input_lost(name: str, method: str) -> str:
+    """The line of an InputLostError."""
+    return f"{name}: what {method} needs was lost with the node or process that held it"
 
 
 def was_killed(error: BaseException) -> bool:

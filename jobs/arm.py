@@ -7,13 +7,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from actors.ppo_learner import spawn_ppo_learner
 from actors.preference_panel import PreferencePanel
 from actors.rollout_pool import RolloutPool, join_batches
 from actors.stored_rollouts import StoredRollouts
-from actors.supervision import cause_of, lost_errors, one_line, was_killed
+from actors.supervision import (
+    InputLostError,
+    KilledAtStartError,
+    cause_of,
+    input_is_lost,
+    lost_errors,
+    one_line,
+    was_killed,
+)
+from jobs.arm_parity import gap_between
 from jobs.arm_record import ArmRecord
 from jobs.arm_scoring import ArmScorer, PanelStream, Responses, ScoredBatch
 from jobs.context import JobContext
@@ -65,10 +72,25 @@ def _started(learner: Any, timeout_s: float) -> tuple[int, list[str], dict[str, 
         if isinstance(cause, MorlaifError) and not isinstance(cause, ActorLostError):
             raise cause from None  # it would be the same again
         said = cause.message if isinstance(cause, ActorLostError) else one_line(error.cause)
-        raise _NotStartedError(f"did not start: {said}") from None
+        killed = isinstance(cause, KilledAtStartError)
+        raise _NotStartedError(f"did not start: {said}", killed=killed) from None
     except lost_errors() as error:
         killed = was_killed(error)
         raise _NotStartedError(f"did not start: {one_line(error)}", killed=killed) from None
+
+
+def _beyond_budget(arm: str, deaths: int, cause: str, budget: int) -> ActorLostError:
+    return ActorLostError(
+        f"arm '{arm}': the learner died {deaths} times (last: {cause}); policy.max_restarts is {budget}; the same "
+        f"command resumes from the last checkpoint"
+    )
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    return (
+        f"reward {summary['reward_gain_sd']:+.2f} SFT standard deviations at KL {summary['final_kl']:.1f} after "
+        f"{summary['num_steps']} steps"
+    )
 
 
 class Arm:
@@ -88,9 +110,9 @@ class Arm:
         """Wall seconds of the phases of the last step; with `policy.staleness: 1` phases overlap."""
         self.gauges: dict[str, float] = {}
         """How the loop ran, beside the seconds; like them no part of the results."""
+        work.mkdir(parents=True, exist_ok=True)
         self._record = ArmRecord(context, config, work, self.num_steps)
         self._restarts = 0
-        work.mkdir(parents=True, exist_ok=True)
         self.scorer = ArmScorer(context, config, panel)
         self._stream: PanelStream | None = None
         self._unloaded: tuple[list[Any], int, float] | None = None
@@ -126,10 +148,9 @@ class Arm:
         except _NotStartedError as error:
             if not error.killed:
                 raise ActorLostError(f"arm '{self.config.name}': the learner {error}") from None
-            self._restore_learner(str(error))
+            self.go_back(str(error))
         if self.step:
-            with suppress(LearnerWentBack):
-                self._rollouts.load_weights(self._new_weights(), self.step)
+            self._hand_out_weights()
         return self.step
 
     def generate(self, step: int) -> StoredRollouts:
@@ -171,24 +192,25 @@ class Arm:
         )
         probe = join_batches(probes)
         expected_BT = self._ask("logprobs", probe)
-        gap_BT = np.abs(probe.logprobs_BT - expected_BT)
-        worst = self.gauges["parity_gap_max"] = float(gap_BT.max())
-        self.gauges["parity_gap_mean"] = float(gap_BT.sum() / probe.response_lengths_B.sum())
-        if not worst <= policy.parity_threshold:
+        gap = gap_between(probe, expected_BT)
+        self.gauges |= {"parity_gap_max": gap.worst, "parity_gap_mean": gap.mean}
+        alarm = gap.alarm(policy.parity_threshold)
+        if alarm is not None:
             self.gauges["parity_alarms"] = self.gauges.get("parity_alarms", 0.0) + 1
-            self.context.reporter.line(
-                f"  arm {self.config.name}: step {step}: engine and learner differ by {worst:.3g} nats on a token "
-                f"(policy.parity_threshold is {policy.parity_threshold:g}): the engine may hold other weights, or its "
-                f"precision is too low"
-            )
+            self.context.reporter.line(f"  arm {self.config.name}: step {step}: {alarm}")
 
     def update(
         self, step: int, batch: RolloutBatch | StoredRollouts, scored: ScoredBatch
     ) -> dict[str, float]:
-        """One PPO step. LearnerWentBack (here and below) where the learner was lost and restored."""
+        """One PPO step; sampling for the next one begins beside it. LearnerWentBack (here and below) where the learner
+        was lost and restored."""
         started = time.monotonic()
         arguments = (batch, scored.reward_B, self.scorer.by_principle(scored))
-        pending = self._learner.update.remote(*arguments)
+        pending = self._learner.update.remote(
+            *arguments
+        )  # first of all: nothing else is waited for
+        if step + 1 < self.num_steps:
+            self.ahead.begin(step + 1)
         observed = self.scorer.observations(batch, scored)  # while the learner works
         metrics: dict[str, float] = self._answer("update", pending)
         self.seconds["seconds_update"] = time.monotonic() - started
@@ -209,8 +231,7 @@ class Arm:
         """Takes the new weights from the learner: references, they never pass the driver. The rollout workers load
         them before they sample again: one step off that is beside the next update."""
         started = time.monotonic()
-        weights = self._new_weights()
-        self._unloaded = (weights, step, time.monotonic() - started)
+        self._unloaded = (self._new_weights(), step, time.monotonic() - started)
         self.step = step
 
     def _load_new_weights(self) -> None:
@@ -239,10 +260,7 @@ class Arm:
         summary = self._record.publish(self.scorer.reference_rewards(reference))
         ray.kill(self._learner)
         self._rollouts.close()
-        self.context.reporter.line(
-            f"  arm {self.config.name}: reward {summary['reward_gain_sd']:+.2f} SFT standard deviations at KL "
-            f"{summary['final_kl']:.1f} after {self.num_steps} steps"
-        )
+        self.context.reporter.line(f"  arm {self.config.name}: {_outcome(summary)}")
 
     # ------------------------------------------------------------ inside
 
@@ -268,13 +286,13 @@ class Arm:
         try:
             return ray.get(pending, timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, ray.exceptions.ObjectLostError):
+            if not input_is_lost(error):
                 raise cause_of(error) from None
-            self._restore_learner("the node that held its responses was lost")
+            self.go_back(f"what {method} needs was lost with the node that held it")
         except ray.exceptions.GetTimeoutError:
-            self._restore_learner(f"no answer to {method} in {timeout_s:.0f} s")
+            self.go_back(f"no answer to {method} in {timeout_s:.0f} s")
         except lost_errors() as error:
-            self._restore_learner(one_line(error))
+            self.go_back(one_line(error))
         raise LearnerWentBack
 
     def _new_weights(self) -> list[Any]:
@@ -294,7 +312,7 @@ class Arm:
         self._record.go_back(self.step)
         self.scorer.restore(state.get("scores", {}))
 
-    def _restore_learner(self, cause: str) -> None:
+    def go_back(self, cause: str) -> None:
         """A fresh learner at the last checkpoint, and its weights in the rollout workers; within the budget."""
         import ray
 
@@ -302,10 +320,7 @@ class Arm:
         while True:
             ray.kill(self._learner)
             if self._restarts >= budget:
-                raise ActorLostError(
-                    f"arm '{self.config.name}': the learner died {self._restarts + 1} times (last: {cause}); "
-                    f"policy.max_restarts is {budget}; the same command resumes from the last checkpoint"
-                )
+                raise _beyond_budget(self.config.name, self._restarts + 1, cause, budget)
             self._restarts += 1
             self.ahead.drop()
             self._unloaded = None
@@ -315,9 +330,15 @@ class Arm:
             self._learner = self._spawn_learner()
             try:
                 self._adopt_learner()
+                break
             except _NotStartedError as error:
                 cause = str(error)
-                continue
-            break
-        with suppress(LearnerWentBack):  # lost once more: the inner call has restored everything
-            self._rollouts.load_weights(self._new_weights(), self.step)
+        self._hand_out_weights()
+
+    def _hand_out_weights(self) -> None:
+        """The learner's weights to all rollout workers, also where they are lost on the way."""
+        try:
+            with suppress(LearnerWentBack):  # the call that raised it has restored everything
+                self._rollouts.load_weights(self._new_weights(), self.step)
+        except InputLostError as error:
+            self.go_back(error.message)

@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 from actors.engines import check_engine, engine_extra
+from actors.supervision import InputLostError
 from jobs.arm import Arm, ArmStopped, LearnerWentBack
 from jobs.checks import check_policy_prompts, remote_address
 from jobs.context import JobContext
@@ -107,8 +108,6 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
                 arm.finish()
                 break
             batch, scored = _next_batch(arm, step)
-            if step + 1 < arm.num_steps:
-                arm.ahead.begin(step + 1)
             metrics = arm.update(step, batch, scored)
             arm.await_rollouts(step - batch.policy_version)
             arm.refresh(step + 1)
@@ -130,7 +129,9 @@ def run_arm(arm: Arm, task: Task, gauges: PrometheusGauges, stop: threading.Even
             task.advance(1)
             if step % policy.checkpoint_every == 0 and step < arm.num_steps:
                 arm.checkpoint()
-        except LearnerWentBack:
+        except (LearnerWentBack, InputLostError) as error:
+            if isinstance(error, InputLostError):  # new weights, or what is in flight
+                arm.go_back(error.message)
             task.advance(arm.step - step)
             step = arm.step
     tracker.close()
@@ -143,6 +144,8 @@ def _next_batch(arm: Arm, step: int) -> Batch:
         if parity_every and step % parity_every == 0:
             arm.check_parity(step)
         return arm.ahead.take(step)
+    except InputLostError:
+        raise
     except ActorLostError:
         with suppress(Exception):  # what was lost is the cause to show
             arm.checkpoint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from actors.learner_ranks import OtherRanks
+from actors.supervision import KilledAtStartError
 from morlaif_ray.errors import ActorLostError, ArtifactError
 from morlaif_ray.rl.ranks import Ranks
 
@@ -65,8 +67,22 @@ def test_a_rank_that_dies_before_it_joins_ends_the_start_with_its_own_cause() ->
     assert caught.value.message == (
         "PPO learner: a rank was lost (rank 2: model: damaged; make it again)"
     )
-    with pytest.raises(ActorLostError, match=r"a rank was lost \(rank 1: The actor died unexp"):
+    assert type(caught.value) is ActorLostError  # the next one would meet the same
+    with pytest.raises(KilledAtStartError, match=r"a rank was lost \(rank 1: The actor died unexp"):
         others(KILLED).begin(never, lambda ranks: None, 60.0)
+
+
+def test_a_start_counts_as_killed_where_any_rank_was() -> None:
+    """Rank 1 meets a closed connection because rank 2 was killed."""
+    closed = ray.exceptions.RayTaskError("begin", "Traceback\nRuntimeError: closed", RuntimeError())
+    with pytest.raises(
+        KilledAtStartError, match=r"a rank was lost \(rank 1: RuntimeError: closed\)"
+    ):
+        others(closed, KILLED).begin(never, lambda ranks: None, 60.0)
+    with pytest.raises(ActorLostError) as caught:
+        others(closed, PENDING).begin(never, lambda ranks: None, 60.0)
+    assert type(caught.value) is ActorLostError
+    assert type(pickle.loads(pickle.dumps(KilledAtStartError("x")))) is KilledAtStartError
 
 
 def test_a_rank_that_dies_after_it_joined_is_named_beside_what_rank_zero_met() -> None:
@@ -75,6 +91,7 @@ def test_a_rank_that_dies_after_it_joined_is_named_beside_what_rank_zero_met() -
 
     with pytest.raises(ActorLostError) as caught:
         others(KILLED).begin(lambda: Ranks(0, 2), fail, 60.0)
+    assert type(caught.value) is KilledAtStartError
     assert caught.value.message.startswith(
         "PPO learner: a rank was lost (rank 0: Connection closed by peer; rank 1: The actor died"
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from actors.supervision import SupervisedActor, call
+from actors.rollout_pool import RolloutPool
+from actors.supervision import InputLostError, KilledAtStartError, SupervisedActor, call
 from jobs import train_policy
 from jobs.arm import Arm, LearnerWentBack
 from morlaif_ray.errors import ActorLostError
@@ -20,7 +22,11 @@ LOST = [
     ray.exceptions.ActorDiedError(),
     ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."),
     ray.exceptions.ActorUnschedulableError("no node has a GPU"),
+    ray.exceptions.ObjectReconstructionFailedError("00ff", None, "call site"),  # the answer itself
 ]
+GONE = ray.exceptions.RayTaskError(
+    "load_buckets", "Traceback", ray.exceptions.OwnerDiedError("00ff", None, "call site")
+)
 
 
 class Handle:
@@ -83,7 +89,20 @@ def test_an_actor_killed_at_its_first_start_is_started_again_within_the_budget()
         supervised(Handle(LOST[0]), Handle(LOST[0]), Handle(LOST[0])).wait_ready()
 
 
-def arm_with(*learners: Handle, budget: int = 2) -> Any:
+def given(answers: list[Exception | None]) -> Any:
+    """A function that raises these in turn; after them, and for None, nothing."""
+
+    def act(*arguments: Any) -> None:
+        error = answers.pop(0) if answers else None
+        if error is not None:
+            raise error
+
+    return act
+
+
+def arm_with(
+    *learners: Handle, budget: int = 2, loads: list[Exception | None] | None = None
+) -> Any:
     """As much of an arm as asks and restores a learner; `said` and `record` tell what it did."""
     arm: Any = Arm.__new__(Arm)
     said: list[str] = []
@@ -104,7 +123,7 @@ def arm_with(*learners: Handle, budget: int = 2) -> Any:
         went_back=went_back,
         _record=SimpleNamespace(go_back=went_back.append),
         scorer=SimpleNamespace(restore=lambda state: None),
-        _rollouts=SimpleNamespace(load_weights=lambda weights, step: None),
+        _rollouts=SimpleNamespace(load_weights=given(loads or [])),
         _new_weights=lambda: [],
         _spawn_learner=lambda: left.pop(0),
         _restarts=0,
@@ -119,6 +138,41 @@ def test_a_learner_is_restored_after_every_kind_of_loss(error: Exception) -> Non
     with pytest.raises(LearnerWentBack):
         arm._ask("update")
     assert (arm.step, arm.went_back, arm._restarts) == (4, [4], 1)
+
+
+def test_input_that_is_gone_is_told_apart_from_an_actor_that_is_gone() -> None:
+    actor = supervised(Handle(GONE))
+    with pytest.raises(
+        InputLostError, match=r"^panel: what score needs was lost with the node or process that"
+    ):
+        call(actor, "score")
+    assert actor.num_restarts == 0
+
+
+def test_a_worker_whose_new_weights_are_gone_at_its_restart_takes_those_that_come_next() -> None:
+    pool: Any = RolloutPool.__new__(RolloutPool)
+    pool._weights, pool._version = ["lost"], 3
+    pool._policy = SimpleNamespace(call_timeout_s=1.0)
+    handles = [Handle(LOST[0]), Handle(0, GONE, 4)]
+    worker = supervised(*handles)
+    worker._after_start = pool._refresh
+    pool._workers = [worker]
+    with pytest.raises(InputLostError, match=r"^rollout worker: what load_buckets needs was lost"):
+        call(worker, "generate")
+    pool.load_weights(["fresh"], 4)
+    assert worker.num_restarts == 1
+
+
+def test_a_learner_goes_back_where_its_weights_are_gone_on_their_way() -> None:
+    lost = [InputLostError("what load_buckets needs was lost"), None]
+    arm = arm_with(Handle(), Handle(4, [], {}), Handle(2, [], {}), loads=lost)
+    arm.go_back("killed")
+    assert (arm.step, arm.went_back, arm._restarts) == (2, [4, 2], 2)
+    assert "learner lost (what load_buckets needs was lost)" in arm.said[1]
+    arm = arm_with(Handle(GONE), Handle(4, [], {}))
+    with pytest.raises(LearnerWentBack):
+        arm._ask("update")
+    assert "learner lost (what update needs was lost with the node" in arm.said[0]
 
 
 @pytest.fixture
@@ -159,6 +213,69 @@ def test_a_learner_lost_in_its_restart_is_started_again_within_the_budget() -> N
         ActorLostError, match=r"the learner died 3 times \(last: did not start: .*max_restarts is 2"
     ):
         arm._ask("update")
+
+
+def test_a_rank_killed_at_the_first_start_is_started_again_with_its_group(starting: Any) -> None:
+    said = KilledAtStartError("PPO learner: a rank was lost (rank 1: The actor died)")
+    arm = starting(
+        Handle(ray.exceptions.RayTaskError("ping", "Traceback", said)), Handle(4, [], {})
+    )
+    assert (arm.start(), arm._restarts) == (4, 1)
+    assert "learner lost (did not start: PPO learner: a rank was lost (rank 1: " in arm.said[0]
+
+
+@pytest.mark.parametrize("fails", ["check_parity", "take", "checkpoint"])
+def test_weights_that_are_gone_lead_the_loop_back_to_the_last_checkpoint(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run of four steps, checkpoints at 2 and 4; the input of one verb is gone once, after three steps."""
+    monkeypatch.setattr(train_policy, "open_tracker", lambda *arguments: quiet)
+    quiet = SimpleNamespace(log=lambda *a: None, close=lambda: None, note=lambda text: None)
+    policy = SimpleNamespace(parity_every=1, samples_every=0, checkpoint_every=2)
+    batch = SimpleNamespace(policy_version=0)
+    metrics = {"reward_mean": 0.0, "kl_mean": 0.0}
+    left, updated = [fails], []
+    arm: Any = SimpleNamespace(
+        context=SimpleNamespace(config=SimpleNamespace(policy=policy), run_dir=Path("unused")),
+        config=SimpleNamespace(name="linear"),
+        num_steps=5,
+        step=0,
+        seconds={},
+        gauges={},
+        start=lambda: 0,
+        measure=lambda seconds: None,
+        await_rollouts=lambda staleness: None,
+        record=lambda step, metrics: None,
+        finish=lambda: None,
+    )
+
+    def verb(name: str, value: Any = None) -> Any:
+        def act(*arguments: Any) -> Any:
+            if arm.step >= 3 and name in left:
+                left.remove(name)
+                raise InputLostError("rollout worker 1: what load_buckets needs was lost")
+            return value
+
+        return act
+
+    def update(step: int, *arguments: Any) -> dict[str, float]:
+        updated.append(step)
+        return metrics
+
+    def go_back(cause: str) -> None:
+        assert "what load_buckets needs" in cause
+        arm.step = 2
+
+    arm.check_parity, arm.checkpoint = verb("check_parity"), verb("checkpoint")
+    arm.ahead = SimpleNamespace(take=verb("take", (batch, None)))
+    arm.update, arm.go_back = update, go_back
+    arm.refresh = lambda step: setattr(arm, "step", step)
+    done: list[int] = []
+    quiet.advance = done.append
+    train_policy.run_arm(arm, quiet, quiet, threading.Event())  # type: ignore[arg-type]
+    lost_after = [0, 1, 2, 3] if fails == "checkpoint" else [0, 1, 2]
+    assert updated == [*lost_after, 2, 3, 4]
+    assert sum(done) == 5
 
 
 @pytest.mark.parametrize("fails", ["check_parity", "take"])

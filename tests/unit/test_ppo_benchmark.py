@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import ppo, ppo_gpu
+from benchmarks.ppo_overlap import Simulated, Update, idle_shares, report
 from benchmarks.ppo_quality import compare
 from benchmarks.ppo_sides import Measured, last_line
 from benchmarks.ppo_workload import TINY, Size, Workload, make_workload, step_flops
@@ -84,6 +85,20 @@ def test_settings_that_this_version_lacks_are_named_and_left_out(
 ) -> None:
     assert ppo._known({"batch_size": 8, "warp_speed": 9}) == {"batch_size": 8}
     assert capsys.readouterr().out == "this version has no policy.warp_speed; left out\n"
+
+
+def test_the_learner_idles_from_an_end_to_the_next_begin(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    updates = [Update(*row) for row in ([0, 6, 0, 1], [7, 10, 2, 3], [10.5, 12, 4, 5])]
+    shares = idle_shares(updates)
+    assert shares == [0.25, 0.25]  # 1 of 4 seconds, half a second of 2
+    names = ("step", "update", "wait_rollouts", "refresh", "generate", "score")
+    row = {"learner_idle_share": 0.2, **{f"seconds_{name}": 4.0 for name in names}}
+    assert report(Simulated([row], shares, (1.0, 0.5))) == 0.25
+    said = capsys.readouterr().out
+    assert "idle 25.0% (25.0% to 25.0%; the loop says 20.0%)" in said
+    assert "CPU time: learner between updates 1.000 s, loop 0.500 s" in said
 
 
 def test_curves_are_compared_at_equal_kl_and_disagree_where_intervals_part() -> None:
