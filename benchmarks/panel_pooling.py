@@ -110,6 +110,29 @@ def pooled(engine: Any, rows: Sequence[Sequence[int]]) -> FloatArray:
     return np.array([float(item.outputs.probs[0]) for item in found])
 
 
+def linear_gflops(rows: int = 600, inputs: int = 256, outputs: int = 1024) -> dict[str, float]:
+    """GFLOP per CPU second of a float32 linear layer: torch's own, and oneDNN's, which vLLM takes.
+
+    The operators are the ones that torch's compiler emits; without them (no oneDNN in the build) only torch's own.
+    """
+    import torch
+
+    with torch.no_grad():
+        states, layer = torch.randn(rows, inputs), torch.nn.Linear(inputs, outputs)
+        work = {"torch": lambda: layer(states)}
+        if torch.backends.mkldnn.is_available():
+            take = torch.ops.mkldnn
+            packed = take._reorder_linear_weight(layer.weight.detach(), rows)
+            for name, weight in (("onednn", layer.weight), ("onednn_repacked", packed)):
+                work[name] = lambda weight=weight: take._linear_pointwise(
+                    states, weight, layer.bias, "none", [], ""
+                )
+        ten = {name: lambda call=call: [call() for _ in range(10)] for name, call in work.items()}
+        spent = in_turns(ten, 5)
+    flops = 10 * 2 * rows * inputs * outputs
+    return {name: round(flops / seconds / 1e9, 1) for name, seconds in spent.cpu_s.items()}
+
+
 def measure(size: Size, folder: Path, num_texts: int, repetitions: int) -> dict[str, Any]:
     model = make_model(size, folder)
     engine = start_vllm(folder / "pm")
@@ -180,6 +203,7 @@ def main() -> None:
             value for name, value in figures.items() if "max_abs_diff" in name
         ),
         **figures,
+        "pooling_linear_gflops": linear_gflops(),
         "pooling_load": os.getloadavg()[0],
     }
     print(json.dumps(figures))
