@@ -1,11 +1,17 @@
 """What it costs to score all principles, and what each topology is worth.
 
-    python -m benchmarks.panel [--quick] [--only costs,lengths,accuracy] [--backbone FOLDER] [--hh FILE.jsonl.gz]
+    python -m benchmarks.panel [--quick] [--only costs lengths pooling accuracy] [--backbone FOLDER] [--hh FILE]
 
 Costs: 12 principles as one trunk, with late branches, as adapters in one pass, against one forward of one PM and
-against PEFT's switching; two sizes of GPT-2 (untrained: time does not depend on weights). Lengths: padding and texts
-per second on hh-harmless dialogues against `model(**tokenizer(texts, padding=True))` in arrival order. Accuracy: the
-test-bed's held-out prompts, every topology trained on the same pairs (`benchmarks/panel_accuracy.py`).
+against PEFT's switching and mixed batch; two sizes of GPT-2 (untrained: time does not depend on weights). Lengths:
+padding and texts per second on hh-harmless dialogues against `model(**tokenizer(texts, padding=True))` in arrival
+order. Pooling: the same model and texts through vLLM's pooling runner (`benchmarks/panel_pooling.py`; null where vLLM
+is not installed). Accuracy: the test-bed's held-out prompts, every topology trained on the same pairs
+(`benchmarks/panel_accuracy.py`).
+
+Late branches always compute the last block for the last token alone (`last_block_at_end`). `late_branch_time_ratio` is
+therefore over one PM that does so too; `late_branch_time_ratio_vs_default` over one PM as it is by default. Trunk and
+its one PM are both without.
 
 One thread. Everything that is compared is measured in turns in one process; medians. The figures are CPU seconds of
 the process (on a machine that others use, wall time measures the others); `wall` figures stand beside them. Last line:
@@ -30,6 +36,7 @@ import numpy as np
 
 NUM_PRINCIPLES = 12
 HH = Path("../shared/data/hh-harmless-test/test.jsonl.gz")
+PARTS = ("costs", "lengths", "pooling", "accuracy")
 LIMITS = {
     "trunk_time_ratio": "<= 1.15",
     "late_branch_time_ratio": "<= 4",
@@ -37,6 +44,18 @@ LIMITS = {
     "adapters_max_abs_diff": "<= 1e-5",
     "padding_waste": "< 0.10",
     "throughput_ratio_vs_plain": ">= 2",
+}
+MEANINGS = {
+    "trunk_time_ratio": "12 heads on one trunk, over one PM; both compute the last block whole",
+    "late_branch_time_ratio": "over one PM; both compute the last block for the last token alone",
+    "late_branch_time_ratio_vs_default": "the same over one PM that computes its last block whole",
+    "last_block_at_end_time_ratio": "one PM, last block for the last token alone over whole",
+    "adapters_speedup_batch8": "bank against PEFT switching 12 adapters, 8 texts",
+    "adapters_speedup_vs_peft_mixed_batch8": "bank against PEFT's mixed batch (adapter_names), 8 texts",
+    "adapters_max_abs_diff": "of a score, bank against both ways of PEFT, all batches",
+    "padding_waste": "share of padding, all dialogues",
+    "throughput_ratio_vs_plain": "texts per second against padded batches in arrival order",
+    "pooling_speedup": "CPU seconds of the panel's scoring over those of vLLM's pooling runner",
 }
 
 
@@ -73,6 +92,10 @@ def main() -> None:
                 figures |= {k if main_size else f"{k}_{size.name}": v for k, v in found.items()}
         if "lengths" in options.only:
             figures |= measure_lengths(Path(scratch) / "lengths", options)
+        if "pooling" in options.only:
+            from benchmarks.panel_pooling import measure_pooling
+
+            figures |= measure_pooling(Path(scratch) / "pooling", options)
         if "accuracy" in options.only:
             from benchmarks.panel_accuracy import measure_accuracy
 
@@ -80,20 +103,22 @@ def main() -> None:
     figures["load_after"] = os.getloadavg()[0]
     for name, value in figures.items():
         limit = f"   (limit {LIMITS[name]})" if name in LIMITS else ""
-        print(f"{name:36s} {value}{limit}")
+        meaning = f"   {MEANINGS[name]}" if name in MEANINGS else ""
+        print(f"{name:42s} {value}{limit}{meaning}")
     print(json.dumps(figures))
 
 
-def _parse() -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, figures of no worth")
     parser.add_argument(
         "--only",
+        nargs="+",
         type=lambda text: text.split(","),
-        default=["costs", "lengths", "accuracy"],
-        help="parts, with commas",
+        default=[PARTS],
+        help=f"parts of {', '.join(PARTS)}, with spaces or commas",
     )
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--hh", type=Path, default=HH, help="hh dialogues (skipped where absent)")
@@ -103,7 +128,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=1500, help="held-out pairs")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of the accuracies")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.only = [part for parts in options.only for part in parts]
+    if wrong := [part for part in options.only if part not in PARTS]:
+        parser.error(f"--only: no part '{wrong[0]}'; write some of {', '.join(PARTS)}")
     if options.quick:
         options.repetitions, options.texts = 2, 64
         options.pairs, options.test, options.epochs = 48, 60, 1
@@ -209,16 +237,19 @@ def measure_costs(size: Size, folder: Path, options: argparse.Namespace) -> dict
             backbone, heads, max_length=512, seed=0, topology=topology
         )
 
-    one, trunk = make("separate", names[:1]), make("shared_trunk", names)
+    one, short = make("separate", names[:1]), make("separate", names[:1])
+    short.last_block_at_end = True
+    trunk = make("shared_trunk", names)
     late = make("late_branching", names)
     texts = testbed_texts(32)
     ids = one.encode(texts)
-    for model in (one, trunk, late):
+    for model in (one, short, trunk, late):
         model.model.eval()
     with torch.no_grad():
         spent = in_turns(
             {
                 "one": lambda: one.forward(ids),
+                "short": lambda: short.forward(ids),
                 "trunk": lambda: trunk.forward(ids),
                 "late": lambda: late.forward(ids),
             },
@@ -229,8 +260,10 @@ def measure_costs(size: Size, folder: Path, options: argparse.Namespace) -> dict
     return {
         "trunk_time_ratio": spent.ratio("trunk", "one"),
         "trunk_time_ratio_wall": spent.wall_ratio("trunk", "one"),
-        "late_branch_time_ratio": spent.ratio("late", "one"),
-        "late_branch_time_ratio_wall": spent.wall_ratio("late", "one"),
+        "late_branch_time_ratio": spent.ratio("late", "short"),
+        "late_branch_time_ratio_wall": spent.wall_ratio("late", "short"),
+        "late_branch_time_ratio_vs_default": spent.ratio("late", "one"),
+        "last_block_at_end_time_ratio": spent.ratio("short", "one"),
         "one_forward_cpu_s": round(spent.cpu_s["one"], 4),
         "one_forward_share_of_peak": round(flops / spent.cpu_s["one"] / 1e9 / peak, 3),
         **measure_adapters(backbone, names, folder, options.repetitions),

@@ -27,40 +27,28 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.real_label_pairs import (
+    LabelledPair,
+    credit,
+    is_test,
+    is_validation,
+    label_matrix,
+    length_gaps,
+    mean_accuracy,
+    read_finegrained,
+    read_hh,
+)
 from morlaif_ray.backbone.dialogue import dialogue_text
 from morlaif_ray.config.inputs import LoraConfig, ScratchModel
 from morlaif_ray.config.preferring import PreferenceConfig
-from morlaif_ray.data.files import read_rows
-from morlaif_ray.data.rewardbench import parse_rewardbench
-from morlaif_ray.data.rows import RowProblem
-from morlaif_ray.errors import ConfigError
+from morlaif_ray.errors import ConfigError, NumericalError
 from morlaif_ray.evaluation.statistics import mean_interval, pearson
-from morlaif_ray.seeding import unit_interval
 from morlaif_ray.types import FloatArray
 
-HUMAN = "human"
-ERROR_HEADS = {
-    "Irrelevant": "relevance",
-    "Redundant": "conciseness",
-    "Wrong-Grounding": "grounding",
-}
-MISSING_HEAD = "completeness"
 TOPOLOGIES = ("separate", "shared_trunk", "late_branching", "adapters")
-TEST_SHARE = 0.3
-VALIDATION_SHARE = 0.2
-"""Of the training prompts."""
 ADAPTER_FACTOR = 10
 """Adapters are trained at this many times the given learning rates."""
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class LabelledPair:
-    prompt: str
-    first: str
-    second: str
-    labels: dict[str, float]
-    """Head -> 1.0 where the first response is better, 0.0 where the second."""
 
 
 @dataclass(frozen=True)
@@ -70,65 +58,6 @@ class Recipe:
 
     def __str__(self) -> str:
         return f"{self.learning_rate:.0e} x {self.num_epochs}"
-
-
-def read_hh(path: Path) -> list[LabelledPair]:
-    """Rows with an empty or an equal response are left out."""
-    found = []
-    for row in read_rows(path):
-        try:
-            pair, _ = parse_rewardbench(row.value)
-        except RowProblem:
-            continue
-        if pair.first != pair.second:
-            found.append(_shuffled(pair.prompt, pair.first, pair.second, [HUMAN]))
-    return found
-
-
-def read_finegrained(path: Path) -> list[LabelledPair]:
-    """People's preferences among four predictions, and the first one against its correction."""
-    found = []
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        prompt = f"\n\nHuman: {row['question']}\n\nAssistant:"
-        texts = [row[f"prediction {number}"] for number in (1, 2, 3, 4)]
-        order = [(i, j) for i in range(4) for j in range(i + 1, 4)]
-        for (i, j), choice in zip(order, row["preference"], strict=True):
-            if choice and texts[i] != texts[j]:
-                good, bad = (i, j) if choice == 1 else (j, i)
-                found.append(_shuffled(prompt, texts[good], texts[bad], [HUMAN]))
-        feedback = row["feedback"]
-        heads = {
-            ERROR_HEADS[error["error type"]]
-            for error in feedback["errors"]
-            if error["error type"] in ERROR_HEADS
-        }
-        heads |= {MISSING_HEAD} if feedback["missing-info"] else set()
-        corrected = feedback["corrected-prediction"]
-        if heads and corrected.strip() and corrected != texts[0]:
-            found.append(_shuffled(prompt, corrected, texts[0], sorted(heads)))
-    return found
-
-
-def _shuffled(prompt: str, good: str, bad: str, heads: Sequence[str]) -> LabelledPair:
-    """The better response first or second by a coin that depends on the texts alone."""
-    if unit_interval("slot", prompt, good, bad) < 0.5:
-        return LabelledPair(prompt, good, bad, dict.fromkeys(heads, 1.0))
-    return LabelledPair(prompt, bad, good, dict.fromkeys(heads, 0.0))
-
-
-def is_test(pair: LabelledPair) -> bool:
-    return unit_interval("real labels", pair.prompt) < TEST_SHARE
-
-
-def is_validation(pair: LabelledPair) -> bool:
-    """Of a training pair."""
-    return unit_interval("real labels validation", pair.prompt) < VALIDATION_SHARE
-
-
-def label_matrix(pairs: Sequence[LabelledPair], heads: Sequence[str]) -> FloatArray:
-    """1, 0, or NaN where no one chose: [N, H]."""
-    values = [[pair.labels.get(head, np.nan) for head in heads] for pair in pairs]
-    return np.array(values, dtype=np.float64).reshape(len(pairs), len(heads))
 
 
 def trainings(topology: str, heads: Sequence[str]) -> list[list[str]]:
@@ -147,7 +76,10 @@ class Bench:
         self.options = options
         self.train = [pair for pair in pairs if not is_test(pair)][: options.limit]
         self.test = [pair for pair in pairs if is_test(pair)]
-        self.heads = sorted({head for pair in self.train for head in pair.labels})
+        named = [
+            {head for pair in side for head in pair.labels} for side in (self.train, self.test)
+        ]
+        self.heads = sorted(named[0] & named[1])
         self.recipes = [
             Recipe(rate, epochs)
             for rate, epochs in itertools.product(options.rates, options.epochs)
@@ -161,13 +93,14 @@ class Bench:
         same: dict[str, Any] = {}
         for topology in topologies:
             full = topology != "adapters"
-            if full and len(self.heads) == 1 and same:
-                yield {**same, "topology": topology, "same_model_as": same["topology"]}
-                continue
             try:
+                if full and len(self.heads) == 1 and same:
+                    self._untrained(topology, self.heads)  # refused where the backbone cannot be it
+                    yield {**same, "topology": topology, "same_model_as": same["topology"]}
+                    continue
                 recipe, seen = self._choose(topology, say)
                 gaps, seconds = self._train(topology, recipe, self.train, self.test)
-            except ConfigError as error:
+            except (ConfigError, NumericalError) as error:
                 say(f"  {topology}: {error}")
                 continue
             extra = {
@@ -183,21 +116,30 @@ class Bench:
         yield from self._baselines()
 
     def _choose(self, topology: str, say: Say) -> tuple[Recipe, float | None]:
-        """The recipe with the best mean over heads of the accuracy on validation prompts, and that accuracy."""
+        """The recipe with the best mean over heads of the accuracy on validation prompts, and that accuracy.
+
+        A recipe that diverges is out; heads without a validation pair do not count.
+        """
         if len(self.recipes) == 1:
             return self.recipes[0], None
         inside = [pair for pair in self.train if not is_validation(pair)]
         outside = [pair for pair in self.train if is_validation(pair)]
         found: list[float] = []
         for recipe in self.recipes:
-            gaps, seconds = self._train(topology, recipe, inside, outside)
-            shares = [
-                np.nanmean(credit(gaps[head], label_matrix(outside, [head])[:, 0]))
-                for head in self.heads
-            ]
-            found.append(float(np.mean(shares)))
+            try:
+                gaps, seconds = self._train(topology, recipe, inside, outside)
+            except NumericalError as error:
+                found.append(np.nan)
+                say(f"  {topology} {recipe}: {error}")
+                continue
+            found.append(mean_accuracy(gaps, label_matrix(outside, self.heads), self.heads))
             say(f"  {topology} {recipe}: {found[-1]:.3f} on validation, {seconds:.0f} CPU s")
-        best = int(np.argmax(found))
+        if np.isnan(found).all():
+            raise ConfigError(
+                f"{self.name}: no recipe of {topology} has an accuracy on validation prompts; give a higher --limit, "
+                "or one rate and one number of epochs"
+            )
+        best = int(np.nanargmax(found))
         return self.recipes[best], round(found[best], 4)
 
     def _train(
@@ -207,33 +149,42 @@ class Bench:
         train: Sequence[LabelledPair],
         other: Sequence[LabelledPair],
     ) -> tuple[dict[str, FloatArray], float]:
-        """(score differences of `other` by head, CPU seconds of training)."""
+        """(score differences of `other` by head, NaN where no one chose; CPU seconds of training)."""
         gaps: dict[str, FloatArray] = {}
         seconds = 0.0
         for heads in trainings(topology, self.heads):
             started = time.process_time()
             model = self._fit(topology, recipe, train, heads)
             seconds += time.process_time() - started
-            first, second = (
-                model.score_heads([dialogue_text(p.prompt, text) for p, text in side])
-                for side in (
-                    [(pair, pair.first) for pair in other],
-                    [(pair, pair.second) for pair in other],
-                )
-            )
-            gaps |= {head: first[:, at] - second[:, at] for at, head in enumerate(heads)}
+            labels = label_matrix(other, heads)
+            seen = np.flatnonzero(~np.isnan(labels).all(axis=1))
+            pairs = [other[row] for row in seen]
+            first = model.score_heads([dialogue_text(p.prompt, p.first) for p in pairs])
+            second = model.score_heads([dialogue_text(p.prompt, p.second) for p in pairs])
+            labels[seen] = np.where(np.isnan(labels[seen]), np.nan, first - second)
+            gaps |= dict(zip(heads, labels.T, strict=True))
         return gaps, seconds
+
+    def _untrained(self, topology: str, heads: Sequence[str]) -> Any:
+        from morlaif_ray.preference import PreferenceModel
+
+        return PreferenceModel.from_backbone(
+            self.backbone,
+            heads,
+            max_length=self.options.max_length,
+            seed=self.options.seed,
+            lora=LoraConfig() if topology == "adapters" else None,
+            topology=topology,
+        )
 
     def _fit(
         self, topology: str, recipe: Recipe, train: Sequence[LabelledPair], heads: Sequence[str]
     ) -> Any:
-        from morlaif_ray.preference import PreferenceModel
         from morlaif_ray.preference.training import TrainingData, train_preference_model
 
-        lora = LoraConfig() if topology == "adapters" else None
         config = PreferenceConfig(
             num_epochs=recipe.num_epochs,
-            learning_rate=recipe.learning_rate * (ADAPTER_FACTOR if lora else 1),
+            learning_rate=recipe.learning_rate * (ADAPTER_FACTOR if topology == "adapters" else 1),
             warmup_steps=10,
             batch_size=16,
             train_tokens_per_batch=4096,
@@ -242,14 +193,7 @@ class Bench:
             centering=0.001,
         )
         own = [pair for pair in train if any(head in pair.labels for head in heads)]
-        model = PreferenceModel.from_backbone(
-            self.backbone,
-            heads,
-            max_length=config.max_length,
-            seed=self.options.seed,
-            lora=lora,
-            topology=topology,
-        )
+        model = self._untrained(topology, heads)
         model.tokens_per_batch = config.train_tokens_per_batch
         labels = label_matrix(own, heads)
         chosen = np.where(labels > 0.5, np.inf, -np.inf)
@@ -297,17 +241,6 @@ class Bench:
             "num_pairs": int(present.sum()),
             "num_prompts": share.num,
         }
-
-
-def credit(gap: FloatArray, labels: FloatArray) -> FloatArray:
-    """1 where the gap has the label's sign, 0.5 where it is 0, NaN where no one chose."""
-    right = 0.5 * (1.0 + np.sign(gap) * np.sign(2.0 * labels - 1.0))
-    return np.where(np.isnan(labels), np.nan, right)
-
-
-def length_gaps(pairs: Sequence[LabelledPair]) -> FloatArray:
-    """Words of the first response minus words of the second."""
-    return np.array([float(len(p.first.split()) - len(p.second.split())) for p in pairs])
 
 
 def scratch_backbone(texts: Sequence[str], folder: Path, options: argparse.Namespace) -> str:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from morlaif_ray.artifacts import explain_os_errors, write_csv, write_json
 from morlaif_ray.evaluation.claims import all_gates
-from morlaif_ray.evaluation.report import feedback, learning, overview, page, policy, reward
+from morlaif_ray.evaluation.report import (
+    feedback,
+    learning,
+    overview,
+    page,
+    paper,
+    policy,
+    reward,
+)
 from morlaif_ray.evaluation.report.blocks import Section, Table
 from morlaif_ray.evaluation.run_tables import RunTables, read_run
 from morlaif_ray.types import GateReport
@@ -24,6 +32,7 @@ SECTIONS = (
     feedback.feedback_section,
     learning.preference_section,
     reward.reward_section,
+    paper.paper_section,
     policy.policy_section,
     policy.win_section,
     policy.sample_section,
