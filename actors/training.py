@@ -92,6 +92,7 @@ def sft_loop(settings: Mapping[str, Any]) -> None:
 
     from actors.sft_callbacks import sft_callbacks
     from morlaif_ray.backbone import load_tokenizer
+    from morlaif_ray.cpu_products import fast_products
     from morlaif_ray.rl.sft import build_sft_trainer
 
     set_single_thread()
@@ -116,11 +117,12 @@ def sft_loop(settings: Mapping[str, Any]) -> None:
     )
     _mute(trainer)
     trainer = prepare_trainer(trainer)
-    if checkpoint is None:
-        trainer.train()
-    else:
-        with checkpoint.as_directory() as folder:
-            _resume(trainer, Path(folder) / "checkpoint", config.sft.num_steps)
+    with fast_products():
+        if checkpoint is None:
+            trainer.train()
+        else:
+            with checkpoint.as_directory() as folder:
+                _resume(trainer, Path(folder) / "checkpoint", config.sft.num_steps)
     heldout = trainer.evaluate() if num_heldout else {}
     if world.get_world_rank() == 0:
         _leave_sft_results(trainer, work, len(dialogues), heldout)

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from morlaif_ray.cpu_products import fast_products
+
 Ids = list[int]
 Read = TypeVar("Read")
 Logits = tuple[list[int], torch.Tensor]
@@ -88,6 +90,7 @@ class PrefixScorer:
         )
 
     @torch.inference_mode()
+    @fast_products()
     def score(
         self, groups: Sequence[Sequence[Ids]], read: Callable[[torch.Tensor], list[Read]]
     ) -> list[Read]:

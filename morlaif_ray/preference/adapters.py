@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from morlaif_ray.backbone import encode_scored_texts, load_tokenizer, load_whole
 from morlaif_ray.backbone.packing import can_pack, packed, use_packing
+from morlaif_ray.cpu_products import fast_products
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.preference.batching import length_batches, padded
 from morlaif_ray.preference.branching import HEAD, end_states, layout_of
@@ -104,6 +105,7 @@ class AdapterBank:
         return encode_scored_texts(self.tokenizer, texts, self.max_length)
 
     @torch.no_grad()
+    @fast_products()
     def forward(self, ids: Sequence[Sequence[int]], folders: Sequence[str]) -> list[Tensor]:
         """Scores [B, H] per folder, in the order of `folders`."""
         names = list(self.cards)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from morlaif_ray.backbone import encode_framed_texts, load_tokenizer, load_whole
+from morlaif_ray.cpu_products import fast_products
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.preference import encoders
 from morlaif_ray.preference.adapters import AdapterBank, read_adapter, stack
@@ -77,6 +78,7 @@ class EncoderBank(AdapterBank):
         return encode_framed_texts(self.tokenizer, texts, self.max_length)
 
     @torch.no_grad()
+    @fast_products()
     def forward(self, ids: Sequence[Sequence[int]], folders: Sequence[str]) -> list[Tensor]:
         """Scores [B, H] per folder, in the order of `folders`."""
         names = list(self.cards)

@@ -30,6 +30,7 @@ from morlaif_ray.backbone import (
     use_packing,
 )
 from morlaif_ray.config.inputs import LoraConfig
+from morlaif_ray.cpu_products import fast_products
 from morlaif_ray.errors import ArtifactError, NumericalError
 from morlaif_ray.length_groups import cheapest_groups, pass_overhead_tokens
 from morlaif_ray.preference import encoders
@@ -196,6 +197,7 @@ class PreferenceModel:
         return torch.einsum("bhd,hd->bh", torch.stack(tail.take(), dim=1), weight_HD).float()
 
     @torch.no_grad()
+    @fast_products()
     def raw_scores(
         self,
         texts: Sequence[str],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from morlaif_ray.config.preferring import PreferenceConfig
+from morlaif_ray.cpu_products import fast_products
 from morlaif_ray.errors import ResourceError
 from morlaif_ray.preference.losses import bradley_terry
 from morlaif_ray.preference.model import PreferenceModel
@@ -95,6 +96,7 @@ class Stepper:
             self._optimizer.step()
         return outcome
 
+    @fast_products()
     def _gradients(self, rows: IntArray, number: int) -> float:
         """Accumulates the gradients of the batch and returns its loss."""
         self._model.model.train()

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from morlaif_ray.config.preferring import PreferenceConfig
+from morlaif_ray.cpu_products import fast_products
 from morlaif_ray.errors import ConfigError, NumericalError, ResourceError
 from morlaif_ray.preference.labels import targets
 from morlaif_ray.preference.model import PreferenceModel
@@ -103,7 +104,8 @@ def train_with_trl(
         order = np.concatenate(batches)
         try:
             run = _Run(model, pairs, order, config, seed, micro, checkpoint_dir, on_step)
-            history = run.train()
+            with fast_products():
+                history = run.train()
             break
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from morlaif_ray.backbone import encode_prompt, load_causal_lm, load_tokenizer, with_leading_space
+from morlaif_ray.cpu_products import fast_products
 from morlaif_ray.errors import ConfigError
 from morlaif_ray.rl.adapter_transfer import BaseWeights
 from morlaif_ray.rl.lora_merging import Adapter
@@ -110,6 +111,7 @@ class TransformersEngine:
         self._base = None
 
     @torch.no_grad()
+    @fast_products()
     def generate(
         self, requests: Sequence[GenerationRequest], settings: SamplingSettings
     ) -> RolloutBatch:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from morlaif_ray.backbone import load_causal_lm, load_tokenizer, save_pretrained
 from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.cpu_products import fast_products
 from morlaif_ray.errors import ArtifactError, NumericalError
 from morlaif_ray.rl.checkpoints import CheckpointFolder, Snapshot
 from morlaif_ray.rl.controllers import AdaptiveKLController, RunningScale, learning_rate_at
@@ -116,6 +117,7 @@ class PPOLearner:
 
     # ------------------------------------------------------------ one step
 
+    @fast_products()
     def update(
         self,
         batch: RolloutBatch,
@@ -182,6 +184,7 @@ class PPOLearner:
             np.clip(reward_B, -limit, limit), dtype=torch.float32, device=self.device
         )
 
+    @fast_products()
     def logprobs(self, batch: RolloutBatch) -> Float32Array:
         """Log-probabilities [B, T] (nats) of the response tokens under the current policy; 0 beyond the length."""
         logprobs_BT: Float32Array = self._evaluate(self._to_tokens(batch))[0].cpu().numpy()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ class _HeadLogprobs(torch.autograd.Function):
             # The tokens' own gradients scale the narrow factor of each product, not the [n, V] one.
             scale = scale_N1[part]
             if d_states is not None:
-                torch.mm(slopes, weight_VD, out=d_states[part]).mul_(scale)
+                d_states[part] = linear(slopes, weight_VD.t()).mul_(scale)
             if d_weight is not None:
-                d_weight.addmm_(slopes.t(), (states_ND[part] * scale).to(weight_VD.dtype))
+                scaled_ND = (states_ND[part] * scale).to(weight_VD.dtype)
+                d_weight += linear(slopes.t(), scaled_ND.t())
             if d_bias is not None:
                 d_bias += torch.mv(slopes.t(), scale.squeeze(1).to(weight_VD.dtype))
         return d_states, d_weight, d_bias, None, None, None, None
@@ -126,7 +128,7 @@ def _logits(
     states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: HeadSettings
 ) -> Tensor:
     """float32 whatever the weights' dtype: a log-sum-exp near 10 has steps of 0.06 in bfloat16."""
-    logits = torch.nn.functional.linear(states_ND, weight_VD, bias_V).float()
+    logits = linear(states_ND, weight_VD, bias_V).float()
     if how.softcap is not None:
         logits = logits.div_(how.softcap).tanh_().mul_(how.softcap)
     return logits if how.temperature == 1.0 else logits.div_(how.temperature)
