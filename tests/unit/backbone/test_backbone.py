@@ -155,3 +155,12 @@ def test_a_response_is_parted_from_its_turn_marker_by_one_space() -> None:
 @pytest.mark.parametrize(("limit", "kept"), [(9, [3, 4, 5]), (3, [3, 4, 5]), (2, [4, 5]), (0, [])])
 def test_a_long_prompt_keeps_its_end(tokenizer: Any, limit: int, kept: list[int]) -> None:
     assert encode_prompt(tokenizer, "a c b", limit) == kept
+
+
+def test_loaded_weights_lie_where_torch_puts_its_own(tmp_path: Path) -> None:
+    tokenizer = build_word_tokenizer(["red green"], vocabulary_size=20, max_length=16)
+    size = ScratchModel(width=32, num_layers=1, num_heads=2, max_length=16)
+    save_pretrained(build_scratch_model(size, tokenizer, seed=0), tokenizer, tmp_path)
+    model = load_causal_lm(str(tmp_path))
+    assert {tensor.data_ptr() % 64 for tensor in model.state_dict().values()} == {0}
+    assert model.lm_head.weight is model.transformer.wte.weight
