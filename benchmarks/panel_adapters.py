@@ -2,7 +2,7 @@
 
 The peer is `set_adapter` and one forward per adapter over the whole batch, padded to its longest text as
 `tokenizer(texts, padding=True)` does, adapters not merged. Both sides get the same tokens in arrival order and neither
-tokenizes. `batch8_of_equal_lengths` is the same without anything to pad.
+tokenizes; both use the same library for matrix products. `batch8_of_equal_lengths` is the same without anything to pad.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.panel import in_turns, testbed_texts
+from morlaif_ray.cpu_products import fast_products
 
 
 def measure_adapters(
@@ -87,6 +88,7 @@ def load_peft(backbone: str, folders: Mapping[str, str], pad: int) -> Any:
 
 
 @torch.no_grad()
+@fast_products()
 def switched(peft: Any, names: Sequence[str], rows: Mapping[str, Any]) -> Any:
     """Scores [B, K], an adapter at a time."""
     columns = []
@@ -97,6 +99,7 @@ def switched(peft: Any, names: Sequence[str], rows: Mapping[str, Any]) -> Any:
 
 
 @torch.no_grad()
+@fast_products()
 def mixed(peft: Any, names: Sequence[str], rows: Mapping[str, Any]) -> Any:
     """Scores [K*B, 1] of a batch that names an adapter per row."""
     tiled = {key: value.repeat(len(names), 1) for key, value in rows.items()}

@@ -100,6 +100,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _product(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    if not (weight_MK.is_contiguous() or weight_MK.t().is_contiguous()):
+        # A slice of a larger matrix goes to oneDNN's plain loops, two thousand times slower.
+        weight_MK = weight_MK.contiguous()
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x_NK, weight_MK, bias_M, "none", [], "")
     return made
 

@@ -79,6 +79,32 @@ def test_a_transposed_layer_and_its_gradients(products: Counter) -> None:
     assert found[3].is_contiguous()  # as the optimizer wants it
 
 
+def test_slices_of_a_larger_matrix_are_copied_first(
+    products: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dense:
+        """Refuses the weights for which oneDNN has plain loops only."""
+
+        @staticmethod
+        def _linear_pointwise(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+            assert weight.is_contiguous() or weight.t().is_contiguous()
+            return product(x, weight, *rest)
+
+    product = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(cpu_products.torch.ops, "mkldnn", Dense)
+
+    def of_slices(x: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        return linear(x[:, ::2], whole[:, 3:14].T)
+
+    tensors = torch.randn(5, 14), torch.randn(7, 20)
+    expected = with_gradients(of_slices, *tensors)
+    with fast_products():
+        found = with_gradients(of_slices, *tensors)
+    assert products.count == 3
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_only_gradients_that_are_wanted_are_computed(products: Counter) -> None:
     with fast_products():
         linear(torch.randn(4, 3), torch.randn(5, 3).requires_grad_()).sum().backward()
