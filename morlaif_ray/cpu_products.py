@@ -10,12 +10,19 @@ are sound float32: results differ in the last bits, and are the same bits again 
 is the processor's maker and instructions, not a measurement, so that all processes of a run, and the run that resumes
 it, compute alike.
 
-Legend: N rows, K inputs, M outputs.
+oneDNN generates machine code for every shape that it meets: some milliseconds and megabytes each, while the number of
+tokens differs from pass to pass. So rows are rounded up to one of eight sizes per octave, zeros in between, and
+`ONEDNN_PRIMITIVE_CACHE_CAPACITY` shapes are kept, unless the environment says otherwise (torch: 1024, which is
+gigabytes).
+
+Legend: N rows, R rows rounded up, K inputs, M outputs.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +36,9 @@ from torch.overrides import TorchFunctionMode
 CPU_INFO = Path("/proc/cpuinfo")
 LEAST_OPERATIONS = 1 << 20
 """Multiply-adds below which the call costs more than the product."""
+LEAST_ROWS = 16
+"""Rows are rounded up to at least a multiple of this."""
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "160")  # read at the first product
 
 
 @functools.cache
@@ -52,12 +62,29 @@ def fast_products() -> Iterator[None]:
     if not is_faster():
         yield
         return
-    with _FastProducts():
-        yield
+    outer, _here.is_fast = _is_fast(), True
+    try:
+        with _FastProducts():
+            yield
+    finally:
+        _here.is_fast = outer
+
+
+def preferred_rows(num_rows: int) -> int:
+    """As many rows, or a few more: with so many a product inside `fast_products` need not copy its inputs."""
+    return _rounded(num_rows) if _is_fast() else num_rows
+
+
+_here = threading.local()
+
+
+def _is_fast() -> bool:
+    """Whether this thread is inside a `fast_products` that does something."""
+    return getattr(_here, "is_fast", False)
 
 
 class _FastProducts(TorchFunctionMode):
-    """Catches what linear layers call: `torch.nn.Linear` and GPT-2's transposed `Conv1D`."""
+    """Catches what linear layers call (`torch.nn.Linear`, GPT-2's transposed `Conv1D`), and `mm` without gradients."""
 
     def __torch_function__(
         self,
@@ -78,6 +105,10 @@ class _FastProducts(TorchFunctionMode):
             bias_M, x_NK, weight_KM = args
             if bias_M.dim() == 1 and _suits(x_NK, weight_KM, bias_M, weight_KM.shape[-1]):
                 return _TransposedLinear.apply(x_NK, weight_KM, bias_M)  # type: ignore[no-untyped-call]
+        elif func is torch.mm and not torch.is_grad_enabled():
+            x_NK, weight_KM = args
+            if _suits(x_NK, weight_KM, None, weight_KM.shape[-1]):
+                return _product(x_NK, weight_KM.t())
         return func(*args)
 
 
@@ -99,28 +130,53 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-def _product(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
+def _rounded(num_rows: int) -> int:
+    """The least of eight sizes per octave that holds so many rows."""
+    unit = max(LEAST_ROWS, 1 << max(0, num_rows.bit_length() - 4))
+    return -(-num_rows // unit) * unit
+
+
+def _padded(x_NK: Tensor) -> Tensor:
+    """[R, K], dense; zeros below."""
+    num_rows, width = x_NK.shape
+    rounded = _rounded(num_rows)
+    if rounded == num_rows:
+        return x_NK
+    made_RK = x_NK.new_empty(rounded, width)
+    made_RK[:num_rows] = x_NK
+    made_RK[num_rows:] = 0.0
+    return made_RK
+
+
+def _product(x_RK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
     if not (weight_MK.is_contiguous() or weight_MK.t().is_contiguous()):
         # A slice of a larger matrix goes to oneDNN's plain loops, two thousand times slower.
         weight_MK = weight_MK.contiguous()
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x_NK, weight_MK, bias_M, "none", [], "")
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x_RK, weight_MK, bias_M, "none", [], "")
     return made
+
+
+def _first_rows(made_RM: Tensor, num_rows: int) -> Tensor:
+    """Without the others; in place, so that the result is no view, which callers could not change."""
+    return made_RM.resize_(num_rows, made_RM.shape[1])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_NK, weight_MK)
-        return _product(x_NK, weight_MK, bias_M)
+        x_RK = _padded(x_NK)
+        ctx.save_for_backward(x_RK, weight_MK)
+        return _first_rows(_product(x_RK, weight_MK, bias_M), len(x_NK))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_NM: Tensor) -> tuple[Tensor | None, ...]:
-        x_NK, weight_MK = ctx.saved_tensors
+        x_RK, weight_MK = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        gradient_RM, num_rows = _padded(gradient_NM), len(gradient_NM)
         return (
-            _product(gradient_NM, weight_MK.t()) if wants_x else None,
-            _product(gradient_NM.t(), x_NK.t()) if wants_weight else None,
+            _first_rows(_product(gradient_RM, weight_MK.t()), num_rows) if wants_x else None,
+            _product(gradient_RM.t(), x_RK.t()) if wants_weight else None,
             gradient_NM.sum(dim=0) if wants_bias else None,
         )
 
@@ -128,16 +184,18 @@ class _Linear(torch.autograd.Function):
 class _TransposedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NK: Tensor, weight_KM: Tensor, bias_M: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NK, weight_KM)
-        return _product(x_NK, weight_KM.t(), bias_M)
+        x_RK = _padded(x_NK)
+        ctx.save_for_backward(x_RK, weight_KM)
+        return _first_rows(_product(x_RK, weight_KM.t(), bias_M), len(x_NK))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_NM: Tensor) -> tuple[Tensor | None, ...]:
-        x_NK, weight_KM = ctx.saved_tensors
+        x_RK, weight_KM = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        gradient_RM, num_rows = _padded(gradient_NM), len(gradient_NM)
         return (
-            _product(gradient_NM, weight_KM) if wants_x else None,
-            _product(x_NK.t(), gradient_NM.t()) if wants_weight else None,
+            _first_rows(_product(gradient_RM, weight_KM), num_rows) if wants_x else None,
+            _product(x_RK.t(), gradient_RM.t()) if wants_weight else None,
             gradient_NM.sum(dim=0) if wants_bias else None,
         )

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
+
+from morlaif_ray.cpu_products import preferred_rows
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,14 @@ def head_logprobs(
         dtype = torch.get_autocast_dtype(states_ND.device.type)
         states_ND, weight_VD = states_ND.to(dtype), weight_VD.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
-    made: tuple[Tensor, Tensor] = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
+    num = len(tokens_N)
+    more = preferred_rows(num) - num
+    if more:  # tokens that nobody reads: their gradient is zero
+        states_ND, tokens_N = pad(states_ND, (0, 0, 0, more)), pad(tokens_N, (0, more))
+    logprobs_N, entropies_N = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
         states_ND, weight_VD, bias_V, tokens_N, how, with_entropies, torch.is_grad_enabled()
     )
-    return made
+    return logprobs_N[:num], entropies_N[:num]
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -98,7 +104,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 d_states[part] = linear(slopes, weight_VD.t()).mul_(scale)
             if d_weight is not None:
                 scaled_ND = (states_ND[part] * scale).to(weight_VD.dtype)
-                d_weight += linear(slopes.t(), scaled_ND.t())
+                d_weight += torch.mm(slopes.t(), scaled_ND)
             if d_bias is not None:
                 d_bias += torch.mv(slopes.t(), scale.squeeze(1).to(weight_VD.dtype))
         return d_states, d_weight, d_bias, None, None, None, None
