@@ -37,6 +37,8 @@ JUDGED_GROUPS, JUDGED_LENGTH = 3, 4096
 PROCESS_GB = 0.52
 """A Ray actor with torch and transformers, before any weight. Measured: 533 MB resident, of which 362 its own and 170
 shared libraries' pages, which count for every process; an actor without them has 125."""
+PRODUCT_CODE_GB = 0.15
+"""64 shapes of some 2 MB (`cpu_products`)."""
 LEARNER_PROCESS_GB = 0.61
 """The same for the learner, with what torch loads at the first optimizer step (measured: docs/ppo.md)."""
 HOST_ALLOCATOR = 1.05
@@ -191,7 +193,16 @@ def learner_gb(shape: ModelShape, policy: PolicyConfig, max_length: int) -> floa
     )
     if on_gpu:
         return _with_overhead(held, on_gpu)
-    return held * HOST_ALLOCATOR + LEARNER_PROCESS_GB
+    return held * HOST_ALLOCATOR + _products_gb(shape, scored, bytes_computed) + LEARNER_PROCESS_GB
+
+
+def _products_gb(shape: ModelShape, scored: float, bytes_computed: int) -> float:
+    """What oneDNN holds for float32 products (`cpu_products`): code for the shapes that it met, and the output layer's
+    inputs, gradient and weights in its own order. Nothing of it where torch's own products are used."""
+    if bytes_computed != 4:
+        return 0.0
+    copied = (scored + 2 * shape.width) * shape.vocabulary_size * 4
+    return PRODUCT_CODE_GB + copied / GB
 
 
 def _gathered_gb(shape: ModelShape, policy: PolicyConfig, copies: int) -> float:

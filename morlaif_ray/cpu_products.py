@@ -38,7 +38,7 @@ LEAST_OPERATIONS = 1 << 20
 """Multiply-adds below which the call costs more than the product."""
 LEAST_ROWS = 16
 """Rows are rounded up to at least a multiple of this."""
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "160")  # read at the first product
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at the first product
 
 
 @functools.cache

@@ -91,7 +91,8 @@ class _HeadLogprobs(torch.autograd.Function):
         how: HeadSettings = ctx.how
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states_ND) if wants_states else None
-        d_weight = torch.zeros_like(weight_VD) if wants_weight else None
+        no_tokens = wants_weight and not len(tokens_N)
+        d_weight: Tensor | None = torch.zeros_like(weight_VD) if no_tokens else None
         d_bias = torch.zeros_like(bias_V) if wants_bias else None
         scale_N1 = (-gradient_N / how.temperature).unsqueeze(1)
         for part in _chunks(len(tokens_N), how):
@@ -102,9 +103,10 @@ class _HeadLogprobs(torch.autograd.Function):
             scale = scale_N1[part]
             if d_states is not None:
                 d_states[part] = linear(slopes, weight_VD.t()).mul_(scale)
-            if d_weight is not None:
+            if wants_weight:
                 scaled_ND = (states_ND[part] * scale).to(weight_VD.dtype)
-                d_weight += torch.mm(slopes.t(), scaled_ND)
+                of_part = torch.mm(slopes.t(), scaled_ND)
+                d_weight = of_part if d_weight is None else d_weight.add_(of_part)
             if d_bias is not None:
                 d_bias += torch.mv(slopes.t(), scale.squeeze(1).to(weight_VD.dtype))
         return d_states, d_weight, d_bias, None, None, None, None
