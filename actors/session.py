@@ -7,7 +7,6 @@ children know of. Ray's and the workers' log lines go to files, not to the perso
 from __future__ import annotations
 
 import atexit
-import ctypes
 import logging
 import os
 import secrets
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from actors.allocation import limit_arenas
 from morlaif_ray.config.operations import ClusterConfig
 from morlaif_ray.errors import ResourceError
 
@@ -46,8 +46,6 @@ WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 
-M_ARENA_MAX, NUM_ARENAS = -8, 2
-"""glibc's malloc.h; arenas of the driver."""
 SESSION_ROOT = "/tmp" if os.name == "posix" else tempfile.gettempdir()
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 HTTP2_SETTINGS = b"\x04"
@@ -68,22 +66,6 @@ def prepare_environment() -> None:
         if name == "RAY_AUTH_MODE" and "ray" in sys.modules:
             continue
         os.environ.setdefault(name, value)
-
-
-def limit_arenas() -> None:
-    """Few malloc arenas for this process (glibc; elsewhere nothing happens).
-
-    glibc gives threads heaps of their own, eight per core, and each keeps the most that it ever held. A driver has some
-    30 threads of Ray that take turns with messages, so its memory would creep up for hundreds of steps until every heap
-    has met its largest message.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return
-    mallopt(M_ARENA_MAX, NUM_ARENAS)
 
 
 def connect(cluster: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -> None:

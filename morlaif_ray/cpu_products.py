@@ -104,7 +104,7 @@ class _FastProducts(TorchFunctionMode):
         elif func is torch.addmm:
             bias_M, x_NK, weight_KM = args
             if bias_M.dim() == 1 and _suits(x_NK, weight_KM, bias_M, weight_KM.shape[-1]):
-                return _TransposedLinear.apply(x_NK, weight_KM, bias_M)  # type: ignore[no-untyped-call]
+                return _Linear.apply(x_NK, weight_KM.t(), bias_M)  # type: ignore[no-untyped-call]
         elif func is torch.mm and not torch.is_grad_enabled():
             x_NK, weight_KM = args
             if _suits(x_NK, weight_KM, None, weight_KM.shape[-1]):
@@ -114,7 +114,7 @@ class _FastProducts(TorchFunctionMode):
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None, num_outputs: int) -> bool:
     return (
-        all(each.dtype is torch.float32 for each in (x, weight) if each is not None)
+        x.dtype is weight.dtype is torch.float32
         and x.device.type == "cpu"
         and weight.dim() == 2
         and x.dim() >= 2
@@ -174,28 +174,13 @@ class _Linear(torch.autograd.Function):
         x_RK, weight_MK = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         gradient_RM, num_rows = _padded(gradient_NM), len(gradient_NM)
+        d_weight: Tensor | None = None
+        if wants_weight and weight_MK.is_contiguous():
+            d_weight = _product(gradient_RM.t(), x_RK.t())
+        elif wants_weight:  # stored as [K, M]: its gradient is to lie like it
+            d_weight = _product(x_RK.t(), gradient_RM.t()).t()
         return (
             _first_rows(_product(gradient_RM, weight_MK.t()), num_rows) if wants_x else None,
-            _product(gradient_RM.t(), x_RK.t()) if wants_weight else None,
-            gradient_NM.sum(dim=0) if wants_bias else None,
-        )
-
-
-class _TransposedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NK: Tensor, weight_KM: Tensor, bias_M: Tensor) -> Tensor:
-        x_RK = _padded(x_NK)
-        ctx.save_for_backward(x_RK, weight_KM)
-        return _first_rows(_product(x_RK, weight_KM.t(), bias_M), len(x_NK))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_NM: Tensor) -> tuple[Tensor | None, ...]:
-        x_RK, weight_KM = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        gradient_RM, num_rows = _padded(gradient_NM), len(gradient_NM)
-        return (
-            _first_rows(_product(gradient_RM, weight_KM), num_rows) if wants_x else None,
-            _product(x_RK.t(), gradient_RM.t()) if wants_weight else None,
+            d_weight,
             gradient_NM.sum(dim=0) if wants_bias else None,
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from actors import allocation, session
+from actors import allocation
 from tests.unit.test_arm_record import METRICS, record_in
 
 pytestmark = pytest.mark.unit
@@ -35,7 +35,7 @@ def test_a_record_holds_no_more_after_many_steps_than_after_one(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("ask", "expected"),
     [
-        (session.limit_arenas, [(-8, 2)]),
+        (allocation.limit_arenas, [(-8, 2)]),
         (allocation.keep_freed_memory, [(-3, 2**30), (-1, 2**31 - 1)]),
     ],
 )
