@@ -82,7 +82,7 @@ class StackedLora(nn.Module):
                 merged_IO = torch.addmm(base.weight, up_RO.T, down_IR.T).T
             else:
                 merged_IO = torch.addmm(base.weight, down_IR, up_RO)
-            torch.mm(inputs[row], merged_IO, out=outputs[row])
+            outputs[row] = nn.functional.linear(inputs[row], merged_IO.t())
         return outputs if base.bias is None else outputs.add_(base.bias)
 
 
