@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,18 @@ ALIGNMENT = 64
 
 
 def load_whole(
-    loader: Any, path: str, what: str, *, fresh: str | tuple[str, ...] | None = None, **options: Any
+    loader: Any,
+    path: str,
+    what: str,
+    *,
+    fresh: str | tuple[str, ...] | None = None,
+    on_fresh: Callable[[Any, Sequence[str]], None] = lambda model, names: None,
+    **options: Any,
 ) -> Any:
     """`loader.from_pretrained` without pickle or remote code; ArtifactError where it fails or a weight is absent.
 
-    transformers fills absent weights with random numbers; here only names that begin with `fresh` may be.
+    transformers fills absent weights with random numbers; here only names that begin with `fresh` may be. `on_fresh`
+    is given the model and these names.
     """
     try:
         model, info = loader.from_pretrained(
@@ -76,6 +84,7 @@ def load_whole(
         raise ArtifactError(
             f"{path}: weight '{absent[0]}' of the {what} is missing; make the model again"
         )
+    on_fresh(model, info["missing_keys"])
     _align(model)
     return model
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from morlaif_ray.config.base import (
+    Decay,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -36,9 +37,6 @@ ALL_SCALARIZERS: tuple[ScalarizerName, ...] = (
     "max_median",
     "bernoulli_nash",
 )
-
-
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class RewardConfig(Section):

@@ -93,7 +93,10 @@ class PreferenceModel:
         topology: str = "separate",
         branch_blocks: int | None = None,
     ) -> PreferenceModel:
-        """A new preference model on the trunk of a causal LM or an encoder; score heads start at small seeded values.
+        """A new preference model on the trunk of a causal LM or an encoder.
+
+        Score heads on a causal LM start at seeded normal values of 1 / sqrt(width + 1) (Stiennon et al. 2020): scores
+        begin at the size of 1, and the trunk learns from the first step on. An encoder's start as transformers has it.
 
         `late_branching` gives every head its own last `branch_blocks` blocks (None: a quarter): copies, or with `lora`
         adapters there alone. Copies for a single head would be a plain model, and are one.
@@ -108,6 +111,7 @@ class PreferenceModel:
                 path,
                 "backbone",
                 fresh=(HEAD, *encoders.FRESH),
+                on_fresh=_start_head,
                 problem_type="regression",
                 dtype=getattr(torch, dtype),
                 **_labels(heads),
@@ -269,6 +273,13 @@ class PreferenceModel:
 def _classifier(model: Any) -> Any:
     """The sequence-classification module itself, below adapters where there are any."""
     return model.get_base_model() if _is_adapted(model) else model
+
+
+def _start_head(model: Any, fresh: Sequence[str]) -> None:
+    """Gives a new score head its first weights."""
+    if f"{HEAD}.weight" in fresh:
+        weight_HD = model.get_submodule(HEAD).weight
+        torch.nn.init.normal_(weight_HD, std=(weight_HD.shape[1] + 1) ** -0.5)
 
 
 def _is_adapted(model: Any) -> bool:

@@ -80,7 +80,7 @@ def train_preference_model(
     shard(model, ranks)
     parameters = [p for p in model.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
+        parameters, lr=config.learning_rate, betas=config.adam_betas, weight_decay=0.0
     )
     stepper = Stepper(
         model,

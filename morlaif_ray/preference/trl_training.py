@@ -201,7 +201,7 @@ class _Run:
         )
         trained = [p for p in self.model.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=self.config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
+            trained, lr=self.config.learning_rate, betas=self.config.adam_betas, weight_decay=0.0
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_factor(step, self.num_steps, self.config.warmup_steps)

@@ -36,13 +36,13 @@ KINDS = ("gpt2", "llama")
 
 
 def make(path: str, heads: tuple[str, ...] = HEADS, **options: Any) -> PreferenceModel:
-    """A model whose head has opinions: transformers starts heads at 0.02."""
+    """A model whose head has opinions, and whose adapters have an effect."""
     model = PreferenceModel.from_backbone(path, heads, max_length=24, seed=5, **options)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.model.named_parameters():
             if "score" in name:
-                parameter.mul_(20.0)
+                parameter.mul_(5.0)
             if "lora_B" in name:
                 parameter.normal_(std=0.3)  # zero at the start: an adapter without effect
     return model
@@ -96,6 +96,27 @@ def test_max_length_never_exceeds_the_backbones_positions(backbone: Callable[...
     assert model.max_length == 24
     assert len(model.encode(["red " * 600])[0]) == 24
     assert np.isfinite(model.score(["red " * 600])).all()
+
+
+def test_a_new_head_begins_with_scores_of_the_size_of_1(backbone: Callable[..., str]) -> None:
+    heads = tuple(f"h{number}" for number in range(200))
+    first, again = (
+        PreferenceModel.from_backbone(backbone(), heads, max_length=24, seed=5) for _ in range(2)
+    )
+    weight_HD = first.model.score.weight
+    assert torch.equal(weight_HD, again.model.score.weight)
+    expected = (weight_HD.shape[1] + 1) ** -0.5
+    assert float(weight_HD.detach().std()) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_trained_head_of_the_backbone_is_kept(
+    backbone: Callable[..., str], tmp_path: Path
+) -> None:
+    trained = make(backbone(), HEADS)
+    trained.model.save_pretrained(tmp_path)
+    trained.tokenizer.save_pretrained(tmp_path)
+    model = PreferenceModel.from_backbone(str(tmp_path), HEADS, max_length=24, seed=6)
+    assert torch.equal(model.model.score.weight, trained.model.score.weight)
 
 
 def test_a_score_of_one_head_is_a_vector(backbone: Callable[..., str]) -> None:

@@ -36,8 +36,13 @@ def test_two_ranks_end_with_the_weights_of_one(
     expected = model.model.state_dict()
     assert set(result["weights"]) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(result["weights"][name], value, atol=2e-4, rtol=1e-3)
-        assert torch.equal(result["resumed"][name], result["weights"][name]), name
+        found = result["weights"][name]
+        assert torch.equal(result["resumed"][name], found), name
+        if name.endswith("attn.c_attn.bias"):
+            # Softmax ignores what all keys share: the gradient of their bias is rounding alone, and AdamW, which
+            # divides by its size, steps by it as by any other.
+            found, value = [torch.stack(each.chunk(3))[[0, 2]] for each in (found, value)]
+        torch.testing.assert_close(found, value, atol=2e-4, rtol=1e-3)
 
 
 def test_shares_of_ranks_are_equally_long_and_hold_every_row_once() -> None:
