@@ -1,19 +1,23 @@
 """Accuracy and training time of every topology on the test-bed, trained on the same pairs with the same recipe.
 
     python -m benchmarks.panel --only accuracy [--seeds 3]
-    python -m benchmarks.panel_accuracy [--rates 0.5 1 2]     (how the learning rates were chosen)
+    python -m benchmarks.panel_accuracy [--rates 0.5 1 2] [--batch-sizes 4 8 16] [--short-memory]
+                                                              (how the recipes were chosen)
 
 A seed draws its own prompts, responses, judge's noise, heads and order of pairs; all seeds share the backbone. Every
 model sees the same pairs equally often, so a model of one head and a trunk of twelve read as many tokens; the trunk's
-loss is the mean over its heads. The learning rate of a topology was chosen on pairs of a seed that no measurement uses.
+loss is the mean over its heads. Learning rate, batch size and AdamW's betas of a topology were chosen, from the same
+choices for all, on pairs of seeds that no measurement uses.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +29,31 @@ from morlaif_ray.seeding import derive_seed
 from morlaif_ray.testbed import PRINCIPLES
 from morlaif_ray.types import FloatArray
 
-LEARNING_RATES = {
-    "separate": 1.5e-3,
-    "shared_trunk": 3e-3,
-    "late_branching": 3e-3,
-    "adapters": 6e-3,
+LONG_MEMORY, SHORT_MEMORY = (0.9, 0.999), (0.8, 0.95)
+"""AdamW's betas."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    rate: float
+    batch_size: int = 8
+    betas: tuple[float, float] = SHORT_MEMORY
+
+
+RECIPES = {
+    "separate": Recipe(1.5e-3),
+    "shared_trunk": Recipe(3e-3, batch_size=4),
+    "late_branching": Recipe(3e-3),
+    "adapters": Recipe(6e-3),
 }
 """By topology, chosen by `python -m benchmarks.panel_accuracy`. Adapters learn at a higher rate than whole weights."""
-TOPOLOGIES = tuple(LEARNING_RATES)
+TOPOLOGIES = tuple(RECIPES)
 TWICE = "shared_trunk_twice"
 """The shared trunk with two passes over the pairs: a sixth of the separate models' training time, not a twelfth."""
 NOISE = 0.5
 """Of the judge, nats."""
-BATCH_SIZE = 16
-TUNING_SEED = 1000
-"""No measurement uses its pairs."""
+TUNING_SEEDS = (1000, 1001)
+"""No measurement uses their pairs."""
 
 
 def measure_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +73,7 @@ def measure_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, Any
         train, test = make_pairs(seed, options)
         for name, (topology, settings) in variants.items():
             hit_NK, spent, read = train_and_test(
-                topology, backbone, train, test, LEARNING_RATES[topology], seed, settings
+                topology, backbone, train, test, RECIPES[topology], seed, settings
             )
             if settings is options:
                 tokens = read
@@ -96,7 +110,7 @@ def measure_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, Any
             "test": options.test,
             "epochs": options.epochs,
             "seeds": options.seeds,
-            "learning_rates": LEARNING_RATES,
+            "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
         },
     }
 
@@ -152,7 +166,7 @@ def train_and_test(
     backbone: str,
     train: World,
     test: World,
-    rate: float,
+    recipe: Recipe,
     seed: int,
     options: argparse.Namespace,
     principles: Sequence[str] = tuple(PRINCIPLES),
@@ -166,7 +180,7 @@ def train_and_test(
     columns, spent, tokens = [], 0.0, 0
     for heads in groups:
         started = time.process_time()
-        model = fit(topology, backbone, train, heads, rate, seed, options)
+        model = fit(topology, backbone, train, heads, recipe, seed, options)
         spent += time.process_time() - started
         columns.append(model.score_heads(test.texts_a) - model.score_heads(test.texts_b))
         read = model.encode([*train.texts_a, *train.texts_b])
@@ -182,7 +196,7 @@ def fit(
     backbone: str,
     pairs: World,
     heads: Sequence[str],
-    rate: float,
+    recipe: Recipe,
     seed: int,
     options: argparse.Namespace,
 ) -> Any:
@@ -197,10 +211,11 @@ def fit(
     model = PreferenceModel.from_backbone(
         backbone, heads, max_length=MAX_LENGTH, seed=start, lora=lora, topology=topology
     )
-    recipe = PreferenceConfig(
+    config = PreferenceConfig(
         num_epochs=options.epochs,
-        batch_size=BATCH_SIZE,
-        learning_rate=rate,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.rate,
+        adam_betas=recipe.betas,
         warmup_steps=10,
         max_length=MAX_LENGTH,
         lora=lora,
@@ -209,22 +224,53 @@ def fit(
     data = TrainingData(pairs.texts_a, pairs.texts_b, pairs.judged_NK[:, rows], pairs.pair_ids)
     with tempfile.TemporaryDirectory() as folder:
         train_preference_model(
-            model, data, recipe, seed=start, checkpoint_dir=Path(folder), checkpoint_every=1 << 30
+            model, data, config, seed=start, checkpoint_dir=Path(folder), checkpoint_every=1 << 30
         )
     return model
 
 
 def main() -> None:
-    """Held-out accuracy by topology and learning rate, on pairs that no measurement uses."""
+    """Held-out accuracy by topology and recipe, on pairs that no measurement uses."""
     import torch
     import transformers
 
+    options = _parse()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    memories = (LONG_MEMORY, SHORT_MEMORY) if options.short_memory else (LONG_MEMORY,)
+    with tempfile.TemporaryDirectory() as scratch:
+        backbone = options.backbone or make_backbone(Path(scratch), options)
+        pairs = {seed: make_pairs(seed, options) for seed in TUNING_SEEDS[: options.seeds]}
+        choices = itertools.product(
+            options.topologies, options.rates, options.batch_sizes, memories
+        )
+        for topology, factor, batch_size, betas in choices:
+            recipe = Recipe(factor * RECIPES[topology].rate, batch_size, betas)
+            hits, seconds = [], 0.0
+            for seed, (train, held_out) in pairs.items():
+                hit_NK, spent, _ = train_and_test(
+                    topology, backbone, train, held_out, recipe, seed, options, options.principles
+                )
+                hits.append(mean_over_principles(hit_NK))
+                seconds += spent / len(pairs)
+            print(
+                f"{topology:15s} rate {recipe.rate:.1e}  batch {batch_size:2d}  betas {betas}  "
+                f"{np.mean(hits):.4f} {[round(hit, 4) for hit in hits]}   {seconds:.0f} CPU s",
+                flush=True,
+            )
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.panel_accuracy",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--short-memory", action="store_true", help=f"betas {SHORT_MEMORY}, too")
+    parser.add_argument("--seeds", type=int, default=2, choices=(1, 2))
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
     parser.add_argument("--principles", nargs="+", default=list(PRINCIPLES), choices=PRINCIPLES)
     parser.add_argument("--backbone", help="test-bed SFT model; default: train a small one")
@@ -232,30 +278,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="figures of no worth")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as scratch:
-        backbone = options.backbone or make_backbone(Path(scratch), options)
-        train, held_out = make_pairs(TUNING_SEED, options)
-        for topology in options.topologies:
-            for factor in options.rates:
-                rate = factor * LEARNING_RATES[topology]
-                hit_NK, spent, _ = train_and_test(
-                    topology,
-                    backbone,
-                    train,
-                    held_out,
-                    rate,
-                    TUNING_SEED,
-                    options,
-                    options.principles,
-                )
-                print(
-                    f"{topology:15s} rate {rate:.1e}  {mean_over_principles(hit_NK):.4f}   {spent:.0f} CPU s",
-                    flush=True,
-                )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
