@@ -311,31 +311,42 @@ def overlap(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Share of wall time in which the learner does not update, one-step-off, two rollout workers: of the loop alone,
     with actors that sleep, and of real ones.
 
-    Small models and short responses with 4 epochs: the learner, not the rollouts, is the bottleneck.
+    A trunk of 12 heads and 4 epochs (with the small models short responses, too): the learner, not the rollouts, is the
+    bottleneck.
     """
     from benchmarks.ppo_overlap import report, simulate, simulation
 
     simulated = report(simulate(simulation(folder / "simulated"), 12))
-    policy = {"staleness": 1, "importance_cap": 2.0, "num_rollout_workers": 2, "max_new_tokens": 24}
-    (folder / "real").mkdir(parents=True)
-    workload = make_workload(folder / "real", QUICK, topology="shared_trunk", policy=policy)
-    ours, idle = OurSide(workload), []
+    small = _real_overlap(folder / "small", QUICK, 4 * options.steps, max_new_tokens=24)
+    large = None if options.quick else _real_overlap(folder / "large", FULL, options.steps)
+    return {
+        "learner_idle_share": small if large is None else large,
+        "learner_idle_share_small": small,
+        "learner_idle_share_simulated": round(simulated, 3),
+    }
+
+
+def _real_overlap(folder: Path, size: Size, num_steps: int, **policy: Any) -> float:
+    """Median idle share of the learner over so many steps."""
+    folder.mkdir(parents=True)
+    policy |= {"staleness": 1, "importance_cap": 2.0, "num_rollout_workers": 2}
+    ours = OurSide(make_workload(folder, size, topology="shared_trunk", policy=policy))
+    idle = []
     try:
-        for index in range(2 + 4 * options.steps):
+        for index in range(2 + num_steps):
             ours.step(warm_up=index < 2)
             idle += [ours.arm.gauges["learner_idle_share"]] * (index >= 2)
     finally:
         ours.close()
     side = ours.measured
     print(
-        f"real actors ({len(idle)} steps): step {side.median_seconds:.2f} s: update {side.phase('update'):.2f} s, "
-        f"beside it new weights {side.phase('refresh'):.2f} s, generation {side.phase('generate'):.2f} s and scores "
-        f"{side.phase('score'):.2f} s; idle {statistics.median(idle):.1%}"
+        f"real actors ({size.parameters / 1e6:.1f}M parameters, {len(idle)} steps): step "
+        f"{side.median_seconds:.2f} s: update {side.phase('update'):.2f} s, beside it new weights "
+        f"{side.phase('refresh'):.2f} s, generation {side.phase('generate'):.2f} s and scores "
+        f"{side.phase('score'):.2f} s; idle {statistics.median(idle):.1%}",
+        flush=True,
     )
-    return {
-        "learner_idle_share": round(statistics.median(idle), 3),
-        "learner_idle_share_simulated": round(simulated, 3),
-    }
+    return round(statistics.median(idle), 3)
 
 
 def driver_memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
