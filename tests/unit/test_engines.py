@@ -217,3 +217,32 @@ def test_a_panel_that_vllm_cannot_score_is_one_line_before_anything_starts(
             continue
         with pytest.raises(ConfigError, match=message):
             engines.check_panel_engine(panel(backbone=str(tmp_path)), here=False)
+
+
+def test_the_panels_actors_get_vllms_settings_and_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from actors import preference_model, preference_panel
+    from morlaif_ray.preference.vllm_pooling import PoolingSettings
+
+    spawned: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        preference_model,
+        "spawn",
+        lambda *arguments, environment, **options: spawned.append((arguments[-1], environment)),
+    )
+    columns = [preference_panel.Column("a", "models/a", 0)]
+    limits = {"score_batch_size": 32, "score_tokens_per_batch": 2048, "vllm": {"kv_cache_mb": 64}}
+    for engine, gpus in (("vllm", 0.0), ("vllm", 0.5), ("transformers", 0.0)):
+        document = {
+            "preference": {"engine": engine, **limits},
+            "policy": {"panel_gpus_per_model": gpus},
+        }
+        preference_panel._spawner(parse_config(document, "x"), ["models/a"], columns, False)()
+    on_cpu, on_gpu, plain = spawned
+    assert on_cpu[0] == PoolingSettings(max_num_seqs=32, max_tokens=2048, kv_cache_mb=64)
+    assert on_cpu[1]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert on_cpu[1]["TORCHDYNAMO_DISABLE"] == "1"
+    assert on_gpu[0].gpu_share == 0.5
+    assert "TORCHDYNAMO_DISABLE" not in on_gpu[1]
+    assert plain == (None, None)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from actors.preference_model import PreferenceModelActor
 from morlaif_ray.errors import ConfigError, NumericalError
 from morlaif_ray.preference import PreferenceModel
 from morlaif_ray.preference.vllm_pooling import PooledPreferenceModel, PoolingSettings
@@ -35,7 +38,15 @@ def dialogues(num: int) -> list[str]:
 
 
 TEXTS = dialogues(30)
-Pair = tuple[PooledPreferenceModel, PreferenceModel]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An engine with the model that it was made from."""
+
+    pooled: PooledPreferenceModel
+    model: PreferenceModel
+    folder: Path
 
 
 def save_model(kind: str, heads: tuple[str, ...], folder: Path) -> PreferenceModel:
@@ -55,15 +66,16 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pair]]
     for kind, heads in (("gpt2", ("empathy", "detail", "bias")), ("llama", ("wit",))):
         folder = tmp_path_factory.mktemp(kind)
         model = save_model(kind, heads, folder)
-        found[kind] = (PooledPreferenceModel(folder / "pm", SETTINGS), model)
+        pooled = PooledPreferenceModel(folder / "pm", SETTINGS)
+        found[kind] = Pair(pooled, model, folder / "pm")
     yield found
-    for pooled, _ in found.values():
-        pooled.close()
+    for pair in found.values():
+        pair.pooled.close()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_scores_are_those_of_transformers_in_head_order(pairs: dict[str, Pair], kind: str) -> None:
-    pooled, model = pairs[kind]
+    pooled, model = pairs[kind].pooled, pairs[kind].model
     assert max(map(len, model.encode(TEXTS))) == MAX_LENGTH
     expected = model.score_heads(TEXTS)
     assert expected.std(axis=0).min() > 100 * EXACT  # the check would see a wrong one
@@ -75,11 +87,23 @@ def test_scores_are_those_of_transformers_in_head_order(pairs: dict[str, Pair], 
 
 
 def test_a_score_depends_on_its_text_alone(pairs: dict[str, Pair]) -> None:
-    pooled, _ = pairs["gpt2"]
+    pooled = pairs["gpt2"].pooled
     together = pooled.score_heads(TEXTS)
     np.testing.assert_allclose(pooled.score_heads(TEXTS[::-1])[::-1], together, atol=EXACT)
     for row in (0, 7, 19):
         np.testing.assert_allclose(pooled.score_heads([TEXTS[row]])[0], together[row], atol=EXACT)
+
+
+def test_the_panels_actor_scores_the_wanted_heads_of_its_folders(pairs: dict[str, Pair]) -> None:
+    folder = str(pairs["gpt2"].folder)
+    names = {folder: {0: "empathy", 2: "bias"}}
+    actor = PreferenceModelActor([folder], 8, heads=names, vllm=SETTINGS)
+    assert actor.ping() == 1
+    scores = actor.score(TEXTS, {folder: [2, 0]})[folder]
+    expected = pairs["gpt2"].model.score_heads(TEXTS)[:, [2, 0]]
+    np.testing.assert_allclose(scores, expected, atol=EXACT)
+    assert actor.score(TEXTS[:2])[folder].shape == (2, 3)
+    assert psutil.Process().children() == []
 
 
 def test_a_damaged_folder_and_a_score_that_is_not_finite_are_one_line(
