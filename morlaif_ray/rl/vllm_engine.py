@@ -7,8 +7,8 @@ The engine runs in this process (no child that could outlive it) and re-seeds to
 share a process with a learner. A model that needs several GPUs (`VllmSettings.tensor_parallel_size`) is sliced over as
 many child processes on this machine; they end when this one does. A request's seed alone decides its response, in
 float32 to the bit whatever else is in the batch. Seeds mean other numbers than with `TransformersEngine`: both engines
-sample the same distribution, not the same responses. vLLM is imported by modules named vllm_*.py alone; the reasons for
-what this one works around stand beside each step.
+sample the same distribution, not the same responses. Only this file imports vLLM; the reasons for what it works around
+stand beside each step.
 """
 
 from __future__ import annotations
