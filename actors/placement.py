@@ -17,6 +17,7 @@ from actors.memory import (
     generation_gb,
     judging_gb,
     learner_gb,
+    pooling_gb,
     scoring_gb,
     shape_of,
     shape_of_hub_id,
@@ -215,7 +216,11 @@ def _panel(config: Config, phase: str, num_models: int, num_actors: int = 1) -> 
         shape = replace(plain, num_parameters=plain.num_parameters + surplus)
         rows = preference.score_batch_size * (num_models if bank else 1)
         load = Load(rows, preference.max_length)
-        memory = scoring_gb(shape, load, num_models=1 if bank else together, on_gpu=gpus > 0)
+        held, on_gpu = 1 if bank else together, gpus > 0
+        memory = scoring_gb(shape, load, num_models=held, on_gpu=on_gpu)
+        if preference.engine == "vllm":
+            cache_mb = preference.vllm.kv_cache_mb
+            memory = pooling_gb(shape, load, cache_mb=cache_mb, num_models=held, on_gpu=on_gpu)
     reduce = "policy.panel_gpus_per_model or preference.score_batch_size" if gpus else ""
     reduce = reduce or "the panel (preference.panel_placement: one_actor)"
     count = num_models // together

@@ -11,7 +11,9 @@ from actors.spawning import spawn
 from actors.training import set_single_thread
 from morlaif_ray.errors import ArtifactError
 from morlaif_ray.preference import AdapterBank, PreferenceModel
+from morlaif_ray.preference.vllm_pooling import PooledPreferenceModel, PoolingSettings
 from morlaif_ray.types import FloatArray
+from morlaif_ray.vllm_environment import CPU_ENVIRONMENT, ENVIRONMENT
 
 Wanted = Mapping[str, Sequence[int]]
 """Heads to score, by folder of the saved model."""
@@ -32,15 +34,21 @@ class PreferenceModelActor:
         bank: bool = False,
         heads: Mapping[str, Mapping[int, str]] | None = None,
         last_block_at_end: bool = False,
+        vllm: PoolingSettings | None = None,
     ) -> None:
+        """`vllm`: its engines score, which have their own limits; None: the models of this project."""
         keep_freed_memory()
         set_single_thread()
         self._limits: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
-        self._models: dict[str, PreferenceModel] = {}
+        self._models: dict[str, PreferenceModel | PooledPreferenceModel] = {}
         self._bank = AdapterBank.load(folders) if bank else None
         if self._bank is not None:
             self._bank.model.to(device)
             names = {folder: self._bank.cards[folder].heads for folder in folders}
+        elif vllm is not None:
+            self._limits = {}
+            self._models = {folder: PooledPreferenceModel(folder, vllm) for folder in folders}
+            names = {folder: self._models[folder].heads for folder in folders}
         else:
             for folder in folders:
                 model = PreferenceModel.load(folder)
@@ -88,9 +96,11 @@ def spawn_preference_model(
     bank: bool = False,
     heads: Mapping[str, Mapping[int, str]] | None = None,
     last_block_at_end: bool = False,
+    vllm: PoolingSettings | None = None,
 ) -> Any:
     """An actor handle of a `PreferenceModelActor` that reserves the given CPUs and GPUs."""
     device = "cuda" if num_gpus else "cpu"
+    environment = ENVIRONMENT | ({} if num_gpus else CPU_ENVIRONMENT)
     return spawn(
         PreferenceModelActor,
         list(folders),
@@ -100,6 +110,8 @@ def spawn_preference_model(
         bank,
         heads,
         last_block_at_end,
+        vllm,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
+        environment=environment if vllm is not None else None,
     )

@@ -20,6 +20,7 @@ from actors.supervision import Call, PendingCalls, SupervisedActor, call_all, wa
 from morlaif_ray.artifacts import read_json
 from morlaif_ray.config import Config
 from morlaif_ray.errors import ActorLostError, ArtifactError, NumericalError
+from morlaif_ray.preference.vllm_pooling import PoolingSettings
 from morlaif_ray.types import FloatArray, ScoreTable
 
 Missing = Literal["error", "mark"]
@@ -214,6 +215,14 @@ def _spawner(
         if column.folder in names:
             names[column.folder][column.head] = column.head_name or column.name
     num_models = 1 if bank else len(group)
+    vllm = None
+    if config.preference.engine == "vllm":
+        vllm = PoolingSettings(
+            max_num_seqs=config.preference.score_batch_size,
+            max_tokens=config.preference.score_tokens_per_batch,
+            gpu_share=config.policy.panel_gpus_per_model,
+            **config.preference.vllm.model_dump(),
+        )
     return lambda: spawn_preference_model(
         group,
         batch_size=config.preference.score_batch_size,
@@ -223,4 +232,5 @@ def _spawner(
         bank=bank,
         heads=names,
         last_block_at_end=config.preference.last_block_at_end,
+        vllm=vllm,
     )

@@ -13,13 +13,12 @@ from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.rl.adapter_transfer import unpack
 from morlaif_ray.rl.generation import GenerationEngine, SamplingSettings, TransformersEngine
 from morlaif_ray.rl.vllm_engine import (
-    CPU_ENVIRONMENT,
-    ENVIRONMENT,
     VllmEngine,
     VllmSettings,
 )
 from morlaif_ray.rl.weight_transfer import WeightBucket
 from morlaif_ray.types import GenerationRequest, RolloutBatch
+from morlaif_ray.vllm_environment import CPU_ENVIRONMENT, ENVIRONMENT
 
 
 class RolloutWorker:

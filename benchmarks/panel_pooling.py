@@ -4,10 +4,9 @@
     python -m benchmarks.panel_pooling [--quick] [--repetitions 3] [--sizes medium gpt2]     (the same alone)
 
 One untrained GPT-2 sequence-classification PM, float32, the same token ids on both sides: the panel's `raw_scores`
-without its tokenizer (texts of similar length share a pass), and `LLM(runner="pooling")` with raw logits, prefix cache
-off (repetitions would be answered from it). Both in turns in one process with one thread and no child processes, so CPU
-seconds of the process are all that is spent. vLLM changes torch's settings for good: `benchmarks.panel` therefore
-measures this in a process of its own.
+without its tokenizer (texts of similar length share a pass), and that of its vLLM engine (`preference.engine: vllm`).
+Both in turns in one process with one thread and no child processes, so CPU seconds of the process are all that is
+spent. vLLM changes torch's settings for good: `benchmarks.panel` therefore measures this in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,14 +18,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.panel import Size, in_turns, make_backbone, testbed_texts
-from morlaif_ray.types import FloatArray
 
 SIZES = (Size("medium", 256, 12, 8), Size("gpt2", 768, 12, 12))
 """Twelve blocks as in the costs, and GPT-2 itself. vLLM's attention on a CPU wants heads of 32, 64, ... columns."""
@@ -79,37 +76,6 @@ def make_model(size: Size, folder: Path) -> Any:
     return PreferenceModel.load(folder / "pm")
 
 
-def start_vllm(folder: Path) -> Any:
-    from morlaif_ray.rl.vllm_engine import prepare_vllm_environment
-
-    prepare_vllm_environment()
-    from vllm import LLM
-
-    return LLM(
-        model=str(folder),
-        runner="pooling",
-        convert="classify",
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_seqs=NUM_TEXTS,
-        kv_cache_memory_bytes=256 << 20,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-    )
-
-
-def pooled(engine: Any, rows: Sequence[Sequence[int]]) -> FloatArray:
-    """Raw logits [B] of vLLM's classifier."""
-    from vllm import PoolingParams
-
-    prompts = [{"prompt_token_ids": list(ids)} for ids in rows]
-    found = engine.classify(
-        prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False
-    )
-    return np.array([float(item.outputs.probs[0]) for item in found])
-
-
 def linear_gflops(rows: int = 600, inputs: int = 256, outputs: int = 1024) -> dict[str, float]:
     """GFLOP per CPU second of a float32 linear layer: torch's own, and oneDNN's, which vLLM takes.
 
@@ -134,21 +100,24 @@ def linear_gflops(rows: int = 600, inputs: int = 256, outputs: int = 1024) -> di
 
 
 def measure(size: Size, folder: Path, num_texts: int, repetitions: int) -> dict[str, Any]:
+    from morlaif_ray.preference.vllm_pooling import PooledPreferenceModel
+
     model = make_model(size, folder)
-    engine = start_vllm(folder / "pm")
+    pooled = PooledPreferenceModel(folder / "pm")
     figures: dict[str, Any] = {}
     try:
         for name, rows in token_ids(model, num_texts).items():
-            model.encode = lambda texts, rows=rows: rows  # both sides are given tokens
+            model.encode = pooled.encode = lambda texts, rows=rows: rows  # both are given tokens
+            texts = [""] * len(rows)
             spent = in_turns(
                 {
-                    "panel": lambda rows=rows: model.raw_scores([""] * len(rows)),
-                    "vllm": lambda rows=rows: pooled(engine, rows),
+                    "panel": lambda texts=texts: model.raw_scores(texts),
+                    "vllm": lambda texts=texts: pooled.raw_scores(texts),
                 },
                 repetitions,
             )
             thousands = sum(map(len, rows)) / 1000
-            gap = np.abs(model.raw_scores([""] * len(rows))[:, 0] - pooled(engine, rows)).max()
+            gap = np.abs(model.raw_scores(texts) - pooled.raw_scores(texts)).max()
             tag = f"{size.name}_{name}"
             figures |= {
                 f"pooling_speedup_{tag}": spent.ratio("panel", "vllm"),
@@ -162,7 +131,7 @@ def measure(size: Size, folder: Path, num_texts: int, repetitions: int) -> dict[
                 f"pooling_max_abs_diff_{tag}": float(gap),
             }
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        pooled.close()
     return figures
 
 
@@ -180,7 +149,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="scratch; default: a temporary one")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    from morlaif_ray.rl.vllm_engine import prepare_vllm_environment
+    from morlaif_ray.vllm_environment import prepare_vllm_environment
 
     prepare_vllm_environment()
     import torch

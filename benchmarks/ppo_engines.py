@@ -100,7 +100,7 @@ def _in_own_process(engine: str, folder: Path, dtype: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.ppo_engines", "--folder", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if engine == "vllm":
-        from morlaif_ray.rl.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT
+        from morlaif_ray.vllm_environment import CPU_ENVIRONMENT, ENVIRONMENT
 
         environment |= ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)
     done = subprocess.run(

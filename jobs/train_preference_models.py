@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from actors.engines import check_panel_engine
+from jobs.checks import remote_address
 from jobs.context import JobContext
 from jobs.preference_tables import accuracy_rows, calibration_rows
 from jobs.train_sft import sft_model_path
@@ -30,6 +32,7 @@ def run(context: JobContext) -> None:
         context.reporter.skipped(STAGE)
         return
     config = context.config
+    check_panel_engine(config, here=remote_address(config) is None)
     work = stage.resumable_work_dir()
     pairs = read_records(context.path("1_pairs", "pairs.parquet"), ResponsePair)
     table = _labels(context, pairs)

@@ -18,6 +18,16 @@ from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.config.judging import Baseline
 
 
+class PanelVllmConfig(Section):
+    """Memory and speed of a vLLM engine that scores (`preference.engine: vllm`)."""
+
+    kv_cache_mb: PositiveInt | None = None
+    """Keys and values of the texts of a pass, per saved model; None: 256 on a CPU, 2048 on a GPU, more where a single
+    text of `max_length` needs it."""
+    enforce_eager: bool = True
+    """True: starts in seconds; False: compiles first."""
+
+
 class PreferenceConfig(Section):
     """One preference model per principle, and the single-objective baselines on the same pairs."""
 
@@ -86,6 +96,10 @@ class PreferenceConfig(Section):
     last_block_at_end: bool = False
     """True: training and scoring compute the last block for the last token alone, which is all a score reads: equal
     within rounding, faster the fewer blocks there are (GPT-2, Llama, Gemma). Branches and adapter banks always do."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What the panel scores with; vllm: its pooling runner, for whole decoders (topology separate or shared_trunk
+    without `lora`): equal within rounding, faster on texts of mixed lengths and larger models. It never trains."""
+    vllm: PanelVllmConfig = PanelVllmConfig()
 
     @model_validator(mode="after")
     def _topology_fits(self) -> PreferenceConfig:
@@ -96,6 +110,22 @@ class PreferenceConfig(Section):
         if self.branch_blocks is not None and self.topology != "late_branching":
             raise ValueError(
                 f"branch_blocks belongs to topology 'late_branching', not '{self.topology}'; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_scores_whole_models(self) -> PreferenceConfig:
+        if self.engine == "transformers":
+            return self
+        if self.topology not in ("separate", "shared_trunk"):
+            raise ValueError(
+                f"engine is 'vllm', which scores whole models, but topology is '{self.topology}'; write "
+                f"engine: transformers, or topology: shared_trunk"
+            )
+        if self.lora is not None:
+            raise ValueError(
+                "engine is 'vllm', which scores whole models, and with 'lora' adapters are saved; write "
+                "engine: transformers, or remove lora"
             )
         return self
 

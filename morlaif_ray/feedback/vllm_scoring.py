@@ -6,7 +6,7 @@ Only the wanted tokens' log-probabilities leave the engine; they are those of th
 before any mask (`logprobs_mode="raw_logprobs"`), so an A/B mass is exact. The questions on one pair follow each other,
 so all but the first find the pair's keys and values in vLLM's prefix cache.
 
-The only module beside `rl/vllm_engine.py` that may import vllm. Legend: N prompts.
+Legend: N prompts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any
 
 from morlaif_ray.config.judging import LocalJudge
 from morlaif_ray.errors import ConfigError, FeedbackError
+from morlaif_ray.vllm_environment import BLOCK_TOKENS, kv_bytes_per_token
 
 MAX_TOKEN_IDS = 128
 """vLLM's limit for `logprob_token_ids`; letters with more spellings take a second request, whose prompt is cached."""
-BLOCK_TOKENS = 128
-"""vLLM's KV block on a CPU: what a question adds to its pair's prefix is rounded up to blocks."""
 GPU_SHARE = 0.9
 ENVIRONMENT = {
     # The engine in this process: it ends with the actor, whatever ends it.
@@ -129,12 +128,9 @@ def _cache_bytes(judge: LocalJudge, path: str, max_length: int) -> int:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, revision=judge.revision).get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    per_token = 2 * config.num_hidden_layers * kept * width * (4 if judge.dtype == "float32" else 2)
+    per_token = kv_bytes_per_token(config, 4 if judge.dtype == "float32" else 2)
     blocks = 4 * (-(-max_length // BLOCK_TOKENS) + 1) + 3 * max(judge.batch_size, 16)
-    return max(64 << 20, int(blocks * BLOCK_TOKENS * per_token))
+    return max(64 << 20, blocks * BLOCK_TOKENS * per_token)
 
 
 def _first_line(error: BaseException) -> str:

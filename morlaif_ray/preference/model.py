@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -31,7 +30,7 @@ from morlaif_ray.backbone import (
 )
 from morlaif_ray.config.inputs import LoraConfig
 from morlaif_ray.cpu_products import fast_products
-from morlaif_ray.errors import ArtifactError, NumericalError
+from morlaif_ray.errors import ArtifactError
 from morlaif_ray.length_groups import cheapest_groups, pass_overhead_tokens
 from morlaif_ray.preference import encoders
 from morlaif_ray.preference.batching import length_batches, padded
@@ -53,8 +52,9 @@ from morlaif_ray.preference.saved import (
     backbone_fingerprint,
     check_adapter_files,
     check_backbone,
-    check_num_heads,
+    check_stored_heads,
     read_card,
+    require_finite,
     write_card,
 )
 from morlaif_ray.tensor_ops import last_true_index
@@ -256,12 +256,7 @@ class PreferenceModel:
     ) -> FloatArray:
         """Raw scores [B, H] in head order; NumericalError names head and text of one that is not finite."""
         scores = self.raw_scores(texts, batch_size=batch_size, max_tokens=max_tokens)
-        if not np.isfinite(scores).all():
-            row, head = np.argwhere(~np.isfinite(scores))[0]
-            raise NumericalError(
-                f"preference model '{self.heads[head]}' gave a non-finite score for text {row}"
-            )
-        return scores
+        return require_finite(scores, self.heads)
 
     def score(self, texts: Sequence[str], *, batch_size: int = DEFAULT_BATCH) -> FloatArray:
         """Raw scores [B] of a model with one head."""
@@ -330,7 +325,7 @@ def _load_classifier(folder: Path, card: Card) -> Any:
         return _load_branched(folder, card)
     options = {"dtype": dtype, **_labels(card.heads)}
     if not card.adapter:
-        _check_stored_heads(folder, card)
+        check_stored_heads(folder, card)
         return load_whole(
             AutoModelForSequenceClassification, str(folder), "preference model", **options
         )
@@ -366,16 +361,6 @@ def _load_branched(folder: Path, card: Card) -> Any:
     assert card.branch_blocks is not None
     load_branches(model, card.heads, folder, card.branch_blocks)
     return model
-
-
-def _check_stored_heads(folder: Path, card: Card) -> None:
-    """A damaged or sharded file is left to the loader, which names it."""
-    try:
-        with safe_open(folder / "model.safetensors", framework="pt") as stored:
-            if card.output in stored.keys():  # noqa: SIM118 (not a dict)
-                check_num_heads(folder, card, stored.get_slice(card.output).get_shape()[0])
-    except (OSError, SafetensorError):
-        return
 
 
 def _labels(heads: Sequence[str]) -> dict[str, Any]:

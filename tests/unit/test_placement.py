@@ -9,6 +9,7 @@ import pytest
 from actors.bundles import Available, Bundle, Plan, check_plan, pack_gpus
 from actors.memory import (
     GB,
+    VLLM_PROCESS_GB,
     Load,
     ModelShape,
     branched,
@@ -344,6 +345,19 @@ def test_generation_holds_weights_and_the_kv_cache() -> None:
 def test_scoring_holds_every_models_weights_and_one_layer() -> None:
     # 32*512*17*1024*2 bytes = 0.53125 GB
     assert scoring_gb(SHAPE, Load(32, 512), num_models=3) == pytest.approx(6 + 0.53125 + 0.52)
+
+
+def test_a_panel_on_vllm_is_planned_with_a_cache_for_each_model() -> None:
+    shared = {"topology": "shared_trunk", "panel_placement": "one_actor"}
+    memory = [
+        by_role(plan_bundles(config_with(preference={**shared, **more})), "5_policy")[
+            "preference model"
+        ].memory_gb
+        for more in ({}, {"engine": "vllm"}, {"engine": "vllm", "vllm": {"kv_cache_mb": 1024}})
+    ]
+    # the trunk and the arm's baseline: two engines
+    assert memory[1] - memory[0] == pytest.approx(VLLM_PROCESS_GB + 2 * 256 / 1024)
+    assert memory[2] - memory[0] == pytest.approx(VLLM_PROCESS_GB + 2 * 1024 / 1024)
 
 
 def test_the_plan_reserves_what_the_actors_reserve() -> None:

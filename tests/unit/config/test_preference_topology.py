@@ -45,8 +45,21 @@ def test_what_is_trained_together_and_what_is_scored_as_a_bank(
         ),
         ({"topology": "trunk"}, "topology"),
         ({"topology": "late_branching", "branch_blocks": 0}, "branch_blocks"),
+        (
+            {"engine": "vllm", "topology": "adapters", "lora": {}},
+            "engine is 'vllm', which scores whole models, but topology is 'adapters'; write engine: tr",
+        ),
+        ({"engine": "vllm", "topology": "late_branching"}, "but topology is 'late_branching'"),
+        ({"engine": "vllm", "lora": {}}, "with 'lora' adapters are saved; write engine: transf"),
+        ({"engine": "auto"}, "engine"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         preference(**settings)
+
+
+def test_our_own_models_score_unless_vllm_is_asked_for() -> None:
+    assert preference().engine == "transformers"
+    trunk = preference(engine="vllm", topology="shared_trunk", vllm={"kv_cache_mb": 64})
+    assert (trunk.engine, trunk.vllm.kv_cache_mb) == ("vllm", 64)
