@@ -36,17 +36,17 @@ LONG_MEMORY, SHORT_MEMORY = (0.9, 0.999), (0.8, 0.95)
 @dataclass(frozen=True)
 class Recipe:
     rate: float
-    batch_size: int = 8
+    batch_size: int = 4
     betas: tuple[float, float] = SHORT_MEMORY
 
 
 RECIPES = {
     "separate": Recipe(1.5e-3),
-    "shared_trunk": Recipe(3e-3, batch_size=4),
+    "shared_trunk": Recipe(3e-3),
     "late_branching": Recipe(3e-3),
     "adapters": Recipe(6e-3),
 }
-"""By topology, chosen by `python -m benchmarks.panel_accuracy`. Adapters learn at a higher rate than whole weights."""
+"""By topology, chosen by `python -m benchmarks.panel_accuracy` (docs/lab-log.md). Adapters learn at a higher rate."""
 TOPOLOGIES = tuple(RECIPES)
 TWICE = "shared_trunk_twice"
 """The shared trunk with two passes over the pairs: a sixth of the separate models' training time, not a twelfth."""
