@@ -196,8 +196,8 @@ class PPOLearnerActor:
         """Forms the group; the GPU of this process where that matters ('' elsewhere), or what failed."""
         return self._outlet.open(where)
 
-    def offer_weights(self) -> Announcement:
-        """The message that makes engines ready for `send_weights`."""
+    def offer_weights(self) -> Announcement | Exception:
+        """The message that makes engines ready for `send_weights`, or what failed."""
         return self._outlet.offer(self._learner.policy, self._learner.step)
 
     def send_weights(self, message: Announcement) -> Exception | None:

@@ -21,7 +21,7 @@ from actors.supervision import (
     one_line,
 )
 from morlaif_ray.config.learning import PolicyConfig
-from morlaif_ray.errors import ConfigError, MorlaifError
+from morlaif_ray.errors import ConfigError
 from morlaif_ray.rl.weight_broadcast import Announcement, Rendezvous
 
 Answer = Callable[[str, Any], Any]
@@ -70,7 +70,7 @@ class WeightExchange:
             )
 
         joining = [w.join_transfer.remote(at(1 + i * slices)) for i, w in enumerate(workers)]
-        opened: str | MorlaifError = answer("open_transfer", learner.open_transfer.remote(at(0)))
+        opened: str | Exception = answer("open_transfer", learner.open_transfer.remote(at(0)))
         gpus, failure = self._collect(workers, "join_transfer", joining)
         if isinstance(opened, Exception):
             return one_line(opened)
@@ -83,7 +83,9 @@ class WeightExchange:
 
     def _transfer(self, members: Sequence[Any], version: int, answer: Answer) -> str | None:
         learner, *workers = members
-        message: Announcement = answer("offer_weights", learner.offer_weights.remote())
+        message: Announcement | Exception = answer("offer_weights", learner.offer_weights.remote())
+        if isinstance(message, Exception):
+            return one_line(message)
         assert message.version == version, f"the learner is at step {message.version}"
         receiving = [worker.receive_weights.remote(message) for worker in workers]
         sent: Exception | None = answer("send_weights", learner.send_weights.remote(message))

@@ -26,10 +26,15 @@ class WeightOutlet:
             return plain(error)
         return own_gpu() if where.backend == "ipc" else ""
 
-    def offer(self, policy: PolicyModel, version: int) -> Announcement:
-        """What the engines are to be told."""
+    def offer(self, policy: PolicyModel, version: int) -> Announcement | Exception:
+        """What the engines are to be told, or what failed."""
         assert self._sender is not None, "open comes first"
-        return self._sender.offer(policy.announce(version), policy.merged_weights())
+        announcement = policy.announce(version)
+        try:
+            return self._sender.offer(announcement, policy.merged_weights())
+        except Exception as error:  # noqa: BLE001 - see above
+            self.close()
+            return plain(error)
 
     def send(self, message: Announcement, policy: PolicyModel) -> Exception | None:
         """Sends what was offered. After a failure the group is of no more use."""

@@ -331,6 +331,11 @@ def weight_transfer_problem(policy: PolicyConfig) -> str | None:
             "sends whole weights, and with lora the adapters alone travel, through the object store; leave "
             "weight_transfer out"
         )
+    if policy.weight_transfer_timeout_s >= policy.call_timeout_s:
+        return (
+            f"needs weight_transfer_timeout_s, which is {policy.weight_transfer_timeout_s:g}, below call_timeout_s, "
+            f"which is {policy.call_timeout_s:g}: else the learner counts as lost first"
+        )
     if way == "gloo":
         return None
     if policy.engine == "transformers":

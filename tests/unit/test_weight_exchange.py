@@ -244,6 +244,25 @@ def test_a_worker_that_is_started_again_asks_the_learner_once_more(system: Syste
         fetch_buckets(system.learner, 1 << 20, 2, WAIT_S)
 
 
+@pytest.mark.parametrize("method", ["open", "offer", "send"])
+def test_what_fails_at_the_learner_costs_the_transfer_and_not_the_learner(
+    system: System, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError("no such device")
+
+    if method == "open":
+        system.pool._exchange = WeightExchange(
+            system.pool._workers,
+            POLICY.model_copy(update={"weight_transfer_timeout_s": 0.2}),
+        )
+        monkeypatch.setattr("actors.weight_outlet.make_sender", fail)
+    else:
+        monkeypatch.setattr(system.learner.actor._outlet._sender, method, fail)
+    system.train(2)
+    assert system.send(2) == "learner: no such device"
+
+
 def test_ipc_between_two_gpus_is_refused(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     system.pool._exchange = WeightExchange(
         system.pool._workers, POLICY.model_copy(update={"weight_transfer": "ipc"})

@@ -44,6 +44,10 @@ SHARED = {"learner_gpus_per_rank": 0.5, "rollout_gpus_per_worker": 0.5}
             "with lora the adapters alone travel, through the object store; leave weight_transfer out",
         ),
         (
+            {"weight_transfer": "gloo", "call_timeout_s": 120},
+            "needs weight_transfer_timeout_s, which is 120, below call_timeout_s, which is 120",
+        ),
+        (
             {"weight_transfer": "nccl"},
             "weight_transfer nccl moves weights between GPUs, and learner_gpus_per_rank is 0, "
             "rollout_gpus_per_worker 0; give both a GPU, or write weight_transfer: object_store",
