@@ -333,8 +333,9 @@ def weight_transfer_problem(policy: PolicyConfig) -> str | None:
         )
     if policy.weight_transfer_timeout_s >= policy.call_timeout_s:
         return (
-            f"needs weight_transfer_timeout_s, which is {policy.weight_transfer_timeout_s:g}, below call_timeout_s, "
-            f"which is {policy.call_timeout_s:g}: else the learner counts as lost first"
+            f"needs weight_transfer_timeout_s ({policy.weight_transfer_timeout_s:g}) below call_timeout_s "
+            f"({policy.call_timeout_s:g}), or the learner counts as lost first; write weight_transfer_timeout_s: "
+            f"{policy.call_timeout_s / 2:g}"
         )
     if way == "gloo":
         return None
