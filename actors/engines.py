@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,15 @@ def vllm_device() -> str | None:
             continue
         return device
     return None
+
+
+def local_gpus() -> float:
+    """GPUs by device file: torch would take seconds to say the same."""
+    try:
+        names = os.listdir("/dev")
+    except OSError:
+        return 0.0
+    return float(sum(name.startswith("nvidia") and name[6:].isdigit() for name in names))
 
 
 def engine_of(config: Config) -> str:
@@ -110,7 +120,18 @@ def check_engine(config: Config, *, here: bool) -> None:
     """ConfigError where vLLM is asked for and cannot run. `here`: workers run in this environment, not on a cluster."""
     check_panel_engine(config, here=here)
     policy = config.policy
+    way = policy.direct_transfer
+    if way in ("nccl", "ipc") and here and not local_gpus():
+        raise ConfigError(
+            f"policy.weight_transfer is '{way}', which moves weights between GPUs, and this machine has none; write "
+            f"policy.weight_transfer: object_store"
+        )
     if engine_of(config) != "vllm":
+        if way in ("nccl", "ipc"):
+            raise ConfigError(
+                f"policy.weight_transfer is '{way}', which is vLLM's, and policy.engine {policy.engine!r} is "
+                f"transformers here; install the extra 'vllm', or write policy.weight_transfer: object_store"
+            )
         if policy.engine_slices > 1:
             raise ConfigError(
                 f"policy.engine is {policy.engine!r}, and only vLLM slices a model over {policy.engine_slices} GPUs; "

@@ -23,11 +23,13 @@ from actors.learner_ranks import OtherRanks
 from actors.placement import learner_cpus
 from actors.spawning import spawn
 from actors.stored_rollouts import StoredRollouts, whole
+from actors.weight_outlet import WeightOutlet
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import MorlaifError
 from morlaif_ray.rl.in_flight import write_rollouts
 from morlaif_ray.rl.learner import PPOLearner
 from morlaif_ray.rl.ranks import Ranks, join_ranks, leave_ranks
+from morlaif_ray.rl.weight_broadcast import Announcement, Rendezvous
 from morlaif_ray.rl.weight_transfer import WeightBucket, in_buckets
 from morlaif_ray.types import Float32Array, FloatArray, RolloutBatch
 
@@ -60,6 +62,7 @@ class PPOLearnerActor:
         self._rank = rank
         self._address = address
         self._others = OtherRanks()
+        self._outlet = WeightOutlet()
         self._made: PPOLearner | None = None
         self._failure: Exception | None = None
 
@@ -176,10 +179,36 @@ class PPOLearnerActor:
         """This rank's part in rank 0's `weights`; the result stays there."""
         self._learner.policy.help_send()
 
-    def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
-        """The same weights in pieces of at most `max_bytes`, each with its checksum; for `num_returns="streaming"`."""
+    def weight_buckets(self, max_bytes: int, version: int | None = None) -> Iterator[WeightBucket]:
+        """The same weights in pieces of at most `max_bytes`, each with its checksum; for `num_returns="streaming"`.
+
+        None at all where `version` is given and another number of steps is done.
+        """
         step, base = self._learner.step, self._learner.policy.base_checksum
-        yield from in_buckets(self.weights(), step, max_bytes, base)
+        if version in (None, step):
+            yield from in_buckets(self.weights(), step, max_bytes, base)
+
+    def transfer_address(self) -> str:
+        """host:port on this node, for a group with the engines."""
+        return free_address()
+
+    def open_transfer(self, where: Rendezvous) -> str | Exception:
+        """Forms the group; the GPU of this process where that matters ('' elsewhere), or what failed."""
+        return self._outlet.open(where)
+
+    def offer_weights(self) -> Announcement | Exception:
+        """The message that makes engines ready for `send_weights`, or what failed."""
+        return self._outlet.offer(self._learner.policy, self._learner.step)
+
+    def send_weights(self, message: Announcement) -> Exception | None:
+        """Sends all weights to the engines that were told; what failed, or None."""
+        policy = self._learner.policy
+        if not self._settings.config.fsdp:
+            return self._outlet.send(message, policy)
+        sent: Exception | None = self._together(
+            "gather_weights", lambda: self._outlet.send(message, policy)
+        )
+        return sent
 
     def loop_state(self) -> dict[str, Any]:
         """What the loop had given to `save_checkpoint` for the step at which this learner began; {} at the start."""

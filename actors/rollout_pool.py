@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from actors.supervision import (
     map_over,
     wait_all_ready,
 )
+from actors.weight_exchange import Answer, WeightExchange, fetch_buckets
 from morlaif_ray.config import Config
 from morlaif_ray.errors import ActorLostError
 from morlaif_ray.rl.generation import SamplingSettings
@@ -73,6 +75,7 @@ class RolloutPool:
             raise ActorLostError(
                 f"{error.message}; 'policy.engine: transformers' samples without vLLM"
             ) from None
+        self._exchange = WeightExchange(self._workers, config.policy)
 
     def _refresh(self, handle: Any) -> None:
         import ray
@@ -89,8 +92,9 @@ class RolloutPool:
 
     def _loading(self) -> tuple[str, tuple[Any, ...]]:
         """(method, arguments) that bring a worker to the current weights."""
-        if isinstance(self._weights, list):
-            return "load_buckets", (self._version, *self._weights)
+        weights = self._weights() if callable(self._weights) else self._weights
+        if isinstance(weights, list):
+            return "load_buckets", (self._version, *weights)
         return "load_weights", (self._weights, self._version)
 
     def map(
@@ -158,6 +162,19 @@ class RolloutPool:
         method, arguments = self._loading()
         held = call_all([Call(worker, method, arguments) for worker in self._workers])
         assert set(held) == {version}, f"workers hold versions {sorted(held)}, expected {version}"
+
+    def send_weights(self, learner: Any, version: int, answer: Answer) -> str | None:
+        """Has the learner send its weights to every worker directly (`policy.weight_transfer`). None, or why that
+        failed in one line: then the workers hold unlike weights, and `load_weights` has to follow."""
+        failure = self._exchange.send(learner, version, answer)
+        if failure is None:
+            policy, self._version = self._policy, version
+            max_bytes = policy.weight_bucket_mb << 20
+            # A worker that is started again is not in the group: for it the learner is asked once more.
+            self._weights = partial(
+                fetch_buckets, learner, max_bytes, version, policy.call_timeout_s
+            )
+        return failure
 
     def load_model(self, model_path: str) -> None:
         """Replaces the model of every worker (evaluation of several policies)."""

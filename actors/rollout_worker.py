@@ -16,6 +16,7 @@ from morlaif_ray.rl.vllm_engine import (
     VllmEngine,
     VllmSettings,
 )
+from morlaif_ray.rl.weight_broadcast import Announcement, Rendezvous
 from morlaif_ray.rl.weight_transfer import WeightBucket
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 from morlaif_ray.vllm_environment import CPU_ENVIRONMENT, ENVIRONMENT
@@ -86,6 +87,16 @@ class RolloutWorker:
             self.engine.load_adapters(unpack(weights), base, version)
         return version
 
+    def join_transfer(self, where: Rendezvous) -> str:
+        """Joins the learner's group; the GPU that this engine computes on ('' for a CPU)."""
+        self.engine.join_transfer(where)
+        return self.engine.gpu_uuid() if where.backend == "ipc" else ""
+
+    def receive_weights(self, announcement: Announcement) -> int:
+        """Takes its part in the learner's `send_weights`; returns the version now held."""
+        self.engine.receive_weights(announcement)
+        return self.engine.policy_version
+
 
 def spawn_rollout_worker(
     model_path: str, policy: PolicyConfig, *, engine: str, dtype: str, num_cpus: float
@@ -101,7 +112,11 @@ def spawn_rollout_worker(
     if engine == "transformers":
         return spawn(RolloutWorker, model_path, dtype, device, num_cpus=num_cpus, num_gpus=gpus)
     slices = policy.engine_slices
-    vllm = VllmSettings(**policy.vllm.model_dump() | {"tensor_parallel_size": slices})
+    beside = {
+        "tensor_parallel_size": slices,
+        "weight_transfer": policy.direct_transfer or "host",
+    }
+    vllm = VllmSettings(**policy.vllm.model_dump() | beside)
     return spawn(
         RolloutWorker,
         model_path,

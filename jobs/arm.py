@@ -93,6 +93,18 @@ def _outcome(summary: dict[str, Any]) -> str:
     )
 
 
+def _learner_of(context: JobContext, work: Path, num_steps: int) -> Any:
+    config = context.config
+    return spawn_ppo_learner(
+        sft_model_path(context),
+        config.policy,
+        seed=derive_seed(config.seed, "learner"),
+        dtype="float32" if config.model.kind == "scratch" else config.model.dtype,
+        checkpoint_dir=work / "checkpoint",
+        num_steps=num_steps,
+    )
+
+
 class Arm:
     """Owns a learner and a rollout pool; shares the panel. Used by one thread."""
 
@@ -229,8 +241,17 @@ class Arm:
 
     def refresh(self, step: int) -> None:
         """Takes the new weights from the learner: references, they never pass the driver. The rollout workers load
-        them before they sample again: one step off that is beside the next update."""
+        them before they sample again: one step off that is beside the next update. A direct transfer is done here."""
         started = time.monotonic()
+        if self.context.config.policy.direct_transfer is not None:
+            failure = self._rollouts.send_weights(self._learner, step, self._answer)
+            self.step = step
+            self.seconds["seconds_refresh"] = time.monotonic() - started
+            if failure is None:
+                return
+            self.context.reporter.line(
+                f"  arm {self.config.name}: step {step}: weights go through the object store ({failure})"
+            )
         self._unloaded = (self._new_weights(), step, time.monotonic() - started)
         self.step = step
 
@@ -265,15 +286,7 @@ class Arm:
     # ------------------------------------------------------------ inside
 
     def _spawn_learner(self) -> Any:
-        config = self.context.config
-        return spawn_ppo_learner(
-            sft_model_path(self.context),
-            config.policy,
-            seed=derive_seed(config.seed, "learner"),
-            dtype="float32" if config.model.kind == "scratch" else config.model.dtype,
-            checkpoint_dir=self.work / "checkpoint",
-            num_steps=self.num_steps,
-        )
+        return _learner_of(self.context, self.work, self.num_steps)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """A call of the learner; LearnerWentBack where it was lost and restored."""
@@ -297,9 +310,8 @@ class Arm:
 
     def _new_weights(self) -> list[Any]:
         """References to buckets of the policy's weights. Calls are answered in order: once `ping` is, they exist."""
-        max_bytes = self.context.config.policy.weight_bucket_mb << 20
         streaming = self._learner.weight_buckets.options(num_returns="streaming")
-        buckets = streaming.remote(max_bytes)
+        buckets = streaming.remote(self.context.config.policy.weight_bucket_mb << 20)
         self._ask("ping")
         return list(buckets)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.bundles import Available, Bundle, Plan, check_plan
+from actors.engines import local_gpus
 from actors.memory import ModelShape, shape_of
 from actors.placement import intended_cluster, num_principles, plan_bundles, trained_models
 from jobs.context import JobContext
@@ -67,16 +68,7 @@ def available_for(config: Config) -> Available:
         return intended
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return Available(None, math.inf)
-    return Available(float(config.cluster.num_cpus or os.cpu_count() or 1), _local_gpus())
-
-
-def _local_gpus() -> float:
-    """GPUs by device file: torch would take seconds to say the same."""
-    try:
-        names = os.listdir("/dev")
-    except OSError:
-        return 0.0
-    return float(sum(name.startswith("nvidia") and name[6:].isdigit() for name in names))
+    return Available(float(config.cluster.num_cpus or os.cpu_count() or 1), local_gpus())
 
 
 # ---------------------------------------------------------------- feedback

@@ -103,6 +103,8 @@ class PolicyConfig(Section):
         {
             "concurrent_arms",
             "weight_bucket_mb",
+            "weight_transfer",
+            "weight_transfer_timeout_s",
             "parity_every",
             "parity_threshold",
             "samples_every",
@@ -182,6 +184,12 @@ class PolicyConfig(Section):
     split evenly over the workers and scored at once."""
     weight_bucket_mb: PositiveInt = 256
     """Largest piece in which new weights travel to the rollout workers."""
+    weight_transfer: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = "auto"
+    """How new weights reach the rollout workers. object_store: Ray's, through the host's memory; gloo: one broadcast to
+    all of them, likewise; nccl: broadcast between GPUs; ipc: read on the GPU that learner and workers share. auto is
+    object_store: nccl and ipc have not been run on a GPU. What fails is done again by the object store."""
+    weight_transfer_timeout_s: PositiveFloat = 120.0
+    """Longest wait for the others in a direct transfer (gloo, nccl, ipc), and for its group to form."""
     parity_every: NonNegativeInt = 50
     """Steps between comparisons of the engine's and the learner's log-probabilities, from step 0 on; 0: none."""
     parity_threshold: PositiveFloat = 0.5
@@ -254,6 +262,20 @@ class PolicyConfig(Section):
             )
         return self
 
+    @property
+    def direct_transfer(self) -> Literal["gloo", "nccl", "ipc"] | None:
+        """What carries weights from the learner to the engines without the object store; None: nothing does."""
+        if self.weight_transfer in ("auto", "object_store"):
+            return None
+        return self.weight_transfer  # type: ignore[return-value]
+
+    @model_validator(mode="after")
+    def _weights_can_travel_so(self) -> PolicyConfig:
+        problem = weight_transfer_problem(self) if self.direct_transfer is not None else None
+        if problem is not None:
+            raise ValueError(f"weight_transfer {self.weight_transfer} {problem}")
+        return self
+
     @model_validator(mode="after")
     def _old_responses_are_weighed(self) -> PolicyConfig:
         if self.staleness and self.importance_cap is None:
@@ -293,6 +315,48 @@ class PolicyConfig(Section):
                 "fsdp slices the model over learner_ranks, which is 1; write learner_ranks: 2 or more"
             )
         return self
+
+
+def weight_transfer_problem(policy: PolicyConfig) -> str | None:
+    """Why weights cannot travel directly under these settings, and what to write instead; None where they can."""
+    way, learner, worker = (
+        policy.weight_transfer,
+        policy.learner_gpus_per_rank,
+        policy.rollout_gpus_per_worker,
+    )
+    if policy.lora is not None:
+        return (
+            "sends whole weights, and with lora the adapters alone travel, through the object store; leave "
+            "weight_transfer out"
+        )
+    if policy.weight_transfer_timeout_s >= policy.call_timeout_s:
+        return (
+            f"needs weight_transfer_timeout_s ({policy.weight_transfer_timeout_s:g}) below call_timeout_s "
+            f"({policy.call_timeout_s:g}), or the learner counts as lost first; write weight_transfer_timeout_s: "
+            f"{policy.call_timeout_s / 2:g}"
+        )
+    if way == "gloo":
+        return None
+    if policy.engine == "transformers":
+        return "is vLLM's, and engine is transformers; write engine: vllm, or weight_transfer: object_store"
+    if not learner or not worker:
+        return (
+            f"moves weights between GPUs, and learner_gpus_per_rank is {learner:g}, rollout_gpus_per_worker "
+            f"{worker:g}; give both a GPU, or write weight_transfer: object_store"
+        )
+    if way == "nccl" and (learner < 1 or worker < 1):
+        return (
+            f"takes no two processes on one GPU, and learner_gpus_per_rank is {learner:g}, rollout_gpus_per_worker "
+            f"{worker:g}; write whole numbers, or weight_transfer: ipc"
+        )
+    together = learner + worker * policy.num_rollout_workers
+    if way == "ipc" and (policy.learner_ranks > 1 or together > 1):
+        return (
+            f"needs the learner and all rollout workers on one GPU, and they ask for "
+            f"{learner * policy.learner_ranks + worker * policy.num_rollout_workers:g}; write shares that add up to 1 "
+            f"(0.5 and 0.5), or weight_transfer: nccl"
+        )
+    return None
 
 
 class SweepConfig(Section):

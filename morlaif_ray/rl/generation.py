@@ -7,7 +7,7 @@ Legend: B requests, P prompt tokens, T response tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,13 @@ from morlaif_ray.cpu_products import fast_products
 from morlaif_ray.errors import ConfigError
 from morlaif_ray.rl.adapter_transfer import BaseWeights
 from morlaif_ray.rl.lora_merging import Adapter
+from morlaif_ray.rl.weight_broadcast import (
+    Announcement,
+    CheckedLoader,
+    GlooGroup,
+    Rendezvous,
+    receive_by_gloo,
+)
 from morlaif_ray.seeding import derive_seed
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 
@@ -59,6 +66,12 @@ class GenerationEngine(Protocol):
 
     def load_model(self, path: str) -> None: ...
 
+    def join_transfer(self, where: Rendezvous) -> None: ...
+
+    def receive_weights(self, announcement: Announcement) -> None: ...
+
+    def gpu_uuid(self) -> str: ...
+
 
 class TransformersEngine:
     """Batched sampling with a key-value cache; finished rows leave the batch."""
@@ -68,6 +81,8 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.policy_version = 0
         self._base: BaseWeights | None = None
+        self._incoming: tuple[GlooGroup, int] | None = None
+        """The learner's group and the size of its buckets."""
 
     @classmethod
     def from_path(cls, path: str | Path, *, dtype: str = "float32") -> TransformersEngine:
@@ -76,14 +91,50 @@ class TransformersEngine:
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, np.ndarray[Any, Any]], version: int) -> None:
         """Copies named weights in place (a view of shared memory is never kept) and adopts their version."""
-        parameters = dict(self.model.named_parameters())
-        unknown = sorted(set(weights) - set(parameters))
-        if unknown:
-            raise KeyError(f"weight '{unknown[0]}' is not a parameter of the rollout model")
+        parameters = self._known(weights)
         for name, array in weights.items():
             # A writable copy first: torch must not alias Ray's read-only shared memory.
             parameters[name].copy_(torch.from_numpy(np.array(array)))
         self.policy_version = version
+
+    def join_transfer(self, where: Rendezvous) -> None:
+        """Joins the learner's group, in the place of an earlier one; raises after its time-out."""
+        assert where.backend == "gloo", "the config allows no other"
+        if self._incoming is not None:
+            self._incoming[0].close()
+        self._incoming = None
+        self._incoming = GlooGroup(where, where.first_rank), where.max_bytes
+
+    @torch.no_grad()
+    def receive_weights(self, announcement: Announcement) -> None:
+        """Adopts the weights that the learner sends meanwhile, once they are verified.
+
+        Where it raises, the weights are unfit, the version is the old one, and `load_weights` has to follow.
+        """
+        assert self._incoming is not None, "join_transfer comes first"
+        parameters = self._known(announcement.weight_names)
+
+        def load(weights: Sequence[tuple[str, Tensor]]) -> None:
+            for name, weight in weights:
+                parameters[name].copy_(weight)
+
+        loader = CheckedLoader(load)
+        group, max_bytes = self._incoming
+        receive_by_gloo(group, announcement, max_bytes, loader)
+        loader.verify(announcement.version)
+        self.policy_version = announcement.version
+
+    def gpu_uuid(self) -> str:
+        """'': it takes no part in transfers between GPUs."""
+        return ""
+
+    def _known(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The model's parameters; KeyError where a name is none of theirs."""
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        unknown = sorted(set(names) - set(parameters))
+        if unknown:
+            raise KeyError(f"weight '{unknown[0]}' is not a parameter of the rollout model")
+        return parameters
 
     @torch.no_grad()
     def load_adapters(

@@ -22,6 +22,7 @@ from morlaif_ray.rl.lora_merging import adapted_parameters, merged_parameters
 from morlaif_ray.rl.response_rows import is_known, states_at
 from morlaif_ray.rl.sharding import whole
 from morlaif_ray.rl.token_head import HeadSettings, head_logprobs
+from morlaif_ray.rl.weight_broadcast import Announcement
 from morlaif_ray.rl.weight_transfer import Array
 from morlaif_ray.tensor_ops import entropy, response_positions, token_logprobs
 
@@ -168,6 +169,11 @@ class PolicyModel(nn.Module):
         if self.has_adapters:
             return pack(adapted_parameters(self.model))
         return {name: weight.float().cpu().numpy() for name, weight in self.merged_weights()}
+
+    def announce(self, version: int) -> Announcement:
+        """What `merged_weights` will yield. A policy with adapters sends these alone, by another way."""
+        assert not self.has_adapters, "adapters go through the object store"
+        return Announcement.of(version, self.model.named_parameters())
 
     def help_send(self) -> None:
         """A sharded rank's part in another rank's `sent_weights`, of which it keeps nothing."""

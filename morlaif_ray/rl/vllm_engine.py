@@ -7,8 +7,8 @@ The engine runs in this process (no child that could outlive it) and re-seeds to
 share a process with a learner. A model that needs several GPUs (`VllmSettings.tensor_parallel_size`) is sliced over as
 many child processes on this machine; they end when this one does. A request's seed alone decides its response, in
 float32 to the bit whatever else is in the batch. Seeds mean other numbers than with `TransformersEngine`: both engines
-sample the same distribution, not the same responses. Only this file imports vLLM; the reasons for what it works around
-stand beside each step.
+sample the same distribution, not the same responses. The reasons for what it works around stand beside each step.
+New weights come through vLLM's weight-transfer interface (`vllm_transfer`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from morlaif_ray.backbone import load_causal_lm, load_tokenizer
 from morlaif_ray.rl.adapter_transfer import BaseWeights
 from morlaif_ray.rl.generation import SamplingSettings, assemble_batch, encode_requests
 from morlaif_ray.rl.lora_merging import Adapter
-from morlaif_ray.rl.weight_files import read_files, shared_files
+from morlaif_ray.rl.weight_broadcast import Announcement, Rendezvous
+from morlaif_ray.rl.weight_files import shared_files
 from morlaif_ray.types import GenerationRequest, RolloutBatch
 from morlaif_ray.vllm_environment import CPU_CACHE_MB, prepare_vllm_environment, require_vllm
 
@@ -44,34 +45,8 @@ class VllmSettings:
     """True: starts in seconds; False: compiles and captures graphs."""
     tensor_parallel_size: int = 1
     """Child processes that each hold a slice of every layer (Shoeybi et al. 2019), one GPU each; 1: no child."""
-
-
-class RefreshExtension:
-    """Joins vLLM's worker class (`worker_extension_cls`); `self` is the worker."""
-
-    def reload_from_files(self, paths: Sequence[str]) -> None:
-        """Adopts its slice of the weights in these files."""
-        self.reload_weights(weights_iterator=read_files(paths))  # type: ignore[attr-defined]
-
-    def repack_heads(self, sent: Sequence[str]) -> int:
-        """Packs output layers anew whose own weight was not in an update; returns how many.
-
-        On CPU a packed copy serves the logits. A tied output layer is never sent: its copy would keep the old weights.
-        """
-        if "lm_head.weight" in sent:
-            return 0
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        heads = [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear")
-        ]
-        for head in heads:
-            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
-        return len(heads)
+    weight_transfer: str = "host"
+    """What new weights come by beside arrays of this host: `gloo`, `nccl` or `ipc` (`vllm_transfer`)."""
 
 
 class VllmEngine:
@@ -89,7 +64,7 @@ class VllmEngine:
         self.tokenizer = load_tokenizer(str(model_path))
         self.policy_version = 0
         self._folder, self._dtype = str(model_path), dtype
-        self._num_slices = settings.tensor_parallel_size
+        self._num_slices, self._backend = settings.tensor_parallel_size, settings.weight_transfer
         self._base: BaseWeights | None = None
         self._parameters, positions = _parameters_of(str(model_path))
         self.max_model_len = min(max_model_len or positions, positions)
@@ -120,13 +95,7 @@ class VllmEngine:
 
     def load_weights(self, weights: Mapping[str, np.ndarray[Any, Any]], version: int) -> None:
         """Adopts all weights and their version; call it while nothing is being generated."""
-        missing = sorted(self._parameters - set(weights))
-        unknown = sorted(set(weights) - self._parameters)
-        if unknown:
-            raise KeyError(f"weight '{unknown[0]}' is not a parameter of the rollout model")
-        if missing:
-            # vLLM fuses layers: one that arrives in part becomes NaN.
-            raise KeyError(f"weight '{missing[0]}' is missing; vLLM takes all weights or none")
+        self._check_names(weights)
         # A writable copy of each array as it is consumed: torch must not alias read-only shared memory.
         tensors = ((name, torch.from_numpy(np.array(array))) for name, array in weights.items())
         size = sum(array.nbytes for array in weights.values())
@@ -153,7 +122,35 @@ class VllmEngine:
         """The weights and tokenizer of another folder with a model of the same shape; the version is 0 again."""
         self.tokenizer = load_tokenizer(path)
         self._folder, self._base = path, None
-        self._reload("reload_weights", {"weights_path": path}, [], 0)
+
+        def reload() -> None:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+
+        self._refresh(reload, [], 0)
+
+    def join_transfer(self, where: Rendezvous) -> None:
+        """Joins the learner's group with all slices, in the place of an earlier one; RuntimeError where it cannot."""
+        from morlaif_ray.rl.vllm_transfer import init_info
+
+        with self._condition:
+            self._llm.shutdown_weight_transfer_engine()
+            self._llm.init_weight_transfer_engine({"init_info": init_info(where)})
+            self._raise_transfer_failure()
+
+    def receive_weights(self, announcement: Announcement) -> None:
+        """Adopts the weights that the learner sends meanwhile, once they are verified; rules of `load_weights`.
+
+        RuntimeError: the weights are unfit, the version is the old one, and `load_weights` has to follow.
+        """
+        from morlaif_ray.rl.vllm_transfer import update_info
+
+        self._check_names(announcement.weight_names)
+        told = update_info(self._backend, announcement)
+        self._update(told, announcement.weight_names, announcement.version)
+
+    def gpu_uuid(self) -> str:
+        """Of the first slice's GPU; '' without one."""
+        return str(self._llm.collective_rpc("gpu_uuid")[0])
 
     def when_lost(self, act: Callable[[], None]) -> None:
         """Calls `act`, from a thread, as soon as a child process has died; the engine is of no more use then."""
@@ -164,6 +161,15 @@ class VllmEngine:
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 
+    def _check_names(self, given: Iterable[str]) -> None:
+        names = set(given)
+        missing, unknown = sorted(self._parameters - names), sorted(names - self._parameters)
+        if unknown:
+            raise KeyError(f"weight '{unknown[0]}' is not a parameter of the rollout model")
+        if missing:
+            # vLLM fuses layers: one that arrives in part becomes NaN.
+            raise KeyError(f"weight '{missing[0]}' is missing; vLLM takes all weights or none")
+
     def _reload_from(
         self,
         tensors: Iterable[tuple[str, torch.Tensor]],
@@ -172,15 +178,33 @@ class VllmEngine:
         version: int,
     ) -> None:
         if self._num_slices == 1:
-            self._reload("reload_weights", {"weights_iterator": tensors}, sent, version)
+            self._update({"weights": tensors}, sent, version)
             return
         with shared_files(tensors, num_bytes) as paths:
-            self._reload("reload_from_files", {"paths": paths}, sent, version)
+            self._update({"paths": paths}, sent, version)
 
-    def _reload(self, method: str, source: dict[str, Any], sent: list[str], version: int) -> None:
+    def _update(self, told: dict[str, Any], sent: Sequence[str], version: int) -> None:
+        """vLLM's own life cycle of an update, with one message."""
+
+        def update() -> None:
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": told})
+            # Also where weights are missing: the next update would count those that came as its own.
+            self._llm.finish_weight_update()
+            self._raise_transfer_failure()
+            self._llm.update_weight_version(str(version))
+
+        self._refresh(update, sent, version)
+
+    def _raise_transfer_failure(self) -> None:
+        failures = [each for each in self._llm.collective_rpc("take_transfer_failure") if each]
+        if failures:
+            raise RuntimeError(failures[0])
+
+    def _refresh(self, load: Callable[[], None], sent: Sequence[str], version: int) -> None:
         with self._condition:
             assert not self._engine.has_unfinished_requests(), "weights change between generations"
-            self._llm.collective_rpc(method, kwargs=source)
+            load()
             if not torch.cuda.is_available():
                 self._llm.collective_rpc("repack_heads", args=(sent,))
             # Without this, prompts seen before would go on from keys and values of the old weights.
@@ -238,6 +262,9 @@ def _start(model_path: str, dtype: str, settings: VllmSettings, max_model_len: i
     require_vllm("policy.engine")
     prepare_vllm_environment()
     from vllm import LLM
+    from vllm.config import WeightTransferConfig
+
+    from morlaif_ray.rl.vllm_transfer import backend_name
 
     cache_mb = settings.kv_cache_mb
     if cache_mb is None and not torch.cuda.is_available():
@@ -262,7 +289,8 @@ def _start(model_path: str, dtype: str, settings: VllmSettings, max_model_len: i
         max_num_seqs=settings.max_num_seqs,
         generation_config="vllm",  # sampling is ours to say, not the model folder's
         logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
-        worker_extension_cls=f"{__name__}.{RefreshExtension.__name__}",
+        worker_extension_cls="morlaif_ray.rl.vllm_transfer.TransferExtension",
+        weight_transfer_config=WeightTransferConfig(backend=backend_name(settings.weight_transfer)),
         disable_log_stats=True,
         trust_remote_code=False,
         **memory,

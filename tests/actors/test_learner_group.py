@@ -17,6 +17,8 @@ from morlaif_ray.backbone import build_scratch_model, build_word_tokenizer, save
 from morlaif_ray.config.inputs import ScratchModel
 from morlaif_ray.config.learning import PolicyConfig
 from morlaif_ray.errors import NumericalError
+from morlaif_ray.rl.generation import TransformersEngine
+from morlaif_ray.rl.weight_broadcast import Rendezvous
 from tests.opinions import give_opinions
 from tests.processes import WAIT_S, wait_until_gone
 from tests.unit.rl.conftest import MAX_LENGTH, WORDS, make_batch
@@ -83,15 +85,37 @@ def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
         np.testing.assert_array_equal(value, right[name], err_msg=name)
 
 
+def sent_directly(learner: Any, model: str) -> dict[str, Any]:
+    """What an engine in this process holds after a direct transfer. A second one, which it does not take part in, fails
+    and leaves the learner's ranks in step."""
+    import ray
+
+    engine = TransformersEngine.from_path(model)
+    where = Rendezvous("gloo", ask(learner, "transfer_address"), 1, 2, 4096, 30.0)
+    opening = learner.open_transfer.remote(where)
+    engine.join_transfer(where)
+    assert ray.get(opening, timeout=WAIT_S) == ""
+    message = ask(learner, "offer_weights")
+    sending = learner.send_weights.remote(message)
+    engine.receive_weights(message)
+    assert ray.get(sending, timeout=WAIT_S) is None
+    assert engine.policy_version == ask(learner, "ping") == 3
+    assert engine._incoming is not None
+    engine._incoming[0].close()
+    assert str(ask(learner, "send_weights", message)).startswith("learner: ")
+    return {name: p.detach().numpy() for name, p in engine.model.named_parameters()}
+
+
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_group_that_loses_a_rank_ends_and_its_successor_reaches_the_same_bytes(
-    spawn: Callable[..., Any], tmp_path: Path, fsdp: bool
+    spawn: Callable[..., Any], model: str, tmp_path: Path, fsdp: bool
 ) -> None:
     import ray
 
     undisturbed = spawn("undisturbed", learner_ranks=2, fsdp=fsdp)
     train(undisturbed, range(3))
     expected = ask(undisturbed, "weights")
+    assert_same(sent_directly(undisturbed, model), expected)
     ask(undisturbed, "save_model", str(tmp_path / "one"))
 
     group = spawn("disturbed", learner_ranks=2, fsdp=fsdp)

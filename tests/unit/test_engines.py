@@ -105,6 +105,20 @@ def test_vllm_that_is_not_installed_is_one_line_unless_workers_run_elsewhere(
     engines.check_engine(config(engine="transformers"), here=True)
 
 
+def test_weights_between_gpus_are_refused_where_there_is_no_gpu_or_no_vllm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = config(weight_transfer="nccl", learner_gpus_per_rank=1, rollout_gpus_per_worker=1)
+    monkeypatch.setattr(engines, "local_gpus", lambda: 0.0)
+    with pytest.raises(ConfigError, match=r"'nccl', which moves .* this machine has none; write"):
+        engines.check_engine(chosen, here=True)
+    monkeypatch.setattr(engines, "vllm_device", lambda: None)
+    with pytest.raises(ConfigError, match=r"'nccl', which is vLLM's, and policy\.engine 'auto' is"):
+        engines.check_engine(chosen, here=False)
+    monkeypatch.setattr(engines, "vllm_device", lambda: "gpu")
+    engines.check_engine(chosen, here=False)
+
+
 def test_heads_that_vllm_has_no_cpu_kernel_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "vllm_installed", lambda: True)
     model = {"kind": "scratch", "width": 96, "num_heads": 4}

@@ -7,12 +7,15 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from actors.ppo_learner import spawn_ppo_learner
 from actors.rollout_pool import RolloutPool, weights_reference
+from actors.weight_exchange import fetch_buckets
 from morlaif_ray.config import Config
 from morlaif_ray.config.learning import PolicyConfig, VllmConfig
 from morlaif_ray.rl.generation import SamplingSettings
@@ -104,6 +107,56 @@ def test_a_stopped_engine_is_replaced_after_its_call_time_out(
     assert_same(pool.generate(requests(40), SETTINGS), expected)
     assert [worker.num_restarts for worker in pool._workers] == [restarts[0], restarts[1] + 1]
     wait_until_gone(victim)
+
+
+def test_a_learner_sends_its_weights_to_all_workers_and_once_more_after_one_was_killed(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Four processes: rank 0 of the learner, and two engines behind one group (`policy.weight_transfer: gloo`)."""
+    import ray
+
+    changes = {"weight_transfer": "gloo", "learning_rate": 0.05, "batch_size": 12, "num_epochs": 1}
+    policy = CONFIG.policy.model_copy(update=changes | {"weight_transfer_timeout_s": 60.0})
+    learner = spawn_ppo_learner(
+        str(folder), policy, seed=0, dtype="float32", checkpoint_dir=tmp_path / "checkpoint"
+    )
+
+    def answer(method: str, reference: Any) -> Any:
+        return ray.get(reference, timeout=WAIT_S)
+
+    def trained_batch() -> RolloutBatch:
+        """What the workers sample now; the learner has learned from it, and gone on to the next version."""
+        batch = pool.generate(requests(12), SETTINGS)
+        assert gap_to_learner(batch) < 1e-4
+        answer("update", learner.update.remote(batch, np.linspace(-1.0, 1.0, 12)))
+        assert gap_to_learner(batch) > 1e-2
+        return batch
+
+    def gap_to_learner(batch: RolloutBatch) -> float:
+        expected_BT = answer("logprobs", learner.logprobs.remote(batch))
+        return float(np.abs(expected_BT - batch.logprobs_BT).max())
+
+    pool = RolloutPool(CONFIG.model_copy(update={"policy": policy}), str(folder), 2, lambda _: None)
+    try:
+        assert trained_batch().policy_version == 0
+        assert pool.send_weights(learner, 1, answer) is None
+        for part in pool.generate_on_each(requests(12), SETTINGS):
+            assert part.policy_version == 1
+            assert gap_to_learner(part) < 1e-4
+        kill(pool._workers[0].handle)  # it comes back with the learner's weights of this version
+        assert trained_batch().policy_version == 1
+        assert pool._workers[0].num_restarts == 1
+        kill(pool._workers[1].handle)  # not noticed before the next transfer
+        assert str(pool.send_weights(learner, 2, answer)).startswith("rollout worker 1: ")
+        pool.load_weights(fetch_buckets(learner, 40_000, 2, WAIT_S), 2)
+        assert trained_batch().policy_version == 2
+        assert pool.send_weights(learner, 3, answer) is None  # all three are in a new group
+        for part in pool.generate_on_each(requests(12), SETTINGS):
+            assert part.policy_version == 3
+            assert gap_to_learner(part) < 1e-4
+    finally:
+        pool.close()
+        ray.kill(learner)
 
 
 def slices_of(pool: RolloutPool) -> list[psutil.Process]:
