@@ -163,6 +163,11 @@ class RolloutPool:
         held = call_all([Call(worker, method, arguments) for worker in self._workers])
         assert set(held) == {version}, f"workers hold versions {sorted(held)}, expected {version}"
 
+    @property
+    def sends_directly(self) -> bool:
+        """Whether weights are to be sent past the object store."""
+        return self._policy.direct_transfer is not None and not self._exchange.is_given_up
+
     def send_weights(self, learner: Any, version: int, answer: Answer) -> str | None:
         """Has the learner send its weights to every worker directly (`policy.weight_transfer`). None, or why that
         failed in one line: then the workers hold unlike weights, and `load_weights` has to follow."""

@@ -27,7 +27,9 @@ from morlaif_ray.rl.weight_broadcast import Announcement, Rendezvous
 Answer = Callable[[str, Any], Any]
 """(name of a method of the learner, reference to its result) -> the result; it sees to a learner that is lost."""
 GRACE_S = 15.0
-"""What a worker gets beyond the transfer's own time-out to say that it failed."""
+"""What a worker gets to say that it failed, beyond the two time-outs (for the store, for the group) that it waits."""
+MOST_FAILURES = 2
+"""One after the other; what failed so often is not tried again in this run."""
 
 
 class WeightExchange:
@@ -37,6 +39,12 @@ class WeightExchange:
         self._workers = workers
         self._policy = policy
         self._members: list[Any] = []
+        self._failures = 0
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it has failed too often to be worth its time-outs."""
+        return self._failures >= MOST_FAILURES
 
     def send(self, learner: Any, version: int, answer: Answer) -> str | None:
         """Why not every engine holds the learner's weights, in one line; None where all do."""
@@ -49,7 +57,11 @@ class WeightExchange:
         if failure is None:
             failure = self._transfer(members, version, answer)
         if failure is None:
-            self._members = members
+            self._members, self._failures = members, 0
+            return None
+        self._failures += 1
+        if self.is_given_up:
+            failure += f"; as all will from now on, after {MOST_FAILURES} failures in a row"
         return failure
 
     def _form(self, members: Sequence[Any], answer: Answer) -> str | None:
@@ -73,7 +85,7 @@ class WeightExchange:
         opened: str | Exception = answer("open_transfer", learner.open_transfer.remote(at(0)))
         gpus, failure = self._collect(workers, "join_transfer", joining)
         if isinstance(opened, Exception):
-            return one_line(opened)
+            return _both(opened, failure)
         if failure is None and any(gpu != opened for gpu in gpus):
             raise ConfigError(
                 f"policy.weight_transfer is {self._policy.weight_transfer}, and the learner and the rollout workers "
@@ -91,7 +103,7 @@ class WeightExchange:
         sent: Exception | None = answer("send_weights", learner.send_weights.remote(message))
         held, failure = self._collect(workers, "receive_weights", receiving)
         if sent is not None:
-            return one_line(sent)
+            return _both(sent, failure)
         assert failure is not None or set(held) == {version}, f"workers hold versions {held}"
         return failure
 
@@ -101,7 +113,7 @@ class WeightExchange:
         """(results, first failure); a worker that gives no answer is killed."""
         import ray
 
-        timeout_s = self._policy.weight_transfer_timeout_s + GRACE_S
+        timeout_s = 2 * self._policy.weight_transfer_timeout_s + GRACE_S
         ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
         results, failures = [], []
         for worker, handle, reference in zip(self._workers, handles, references, strict=True):
@@ -137,6 +149,11 @@ def fetch_buckets(learner: Any, max_bytes: int, version: int, timeout_s: float) 
             f"weights of version {version} exist no more: the learner has gone on to the next step"
         )
     return buckets
+
+
+def _both(learner: Exception, workers: str | None) -> str:
+    """The learner often only waits in vain for a worker that knows more."""
+    return one_line(learner) if workers is None else f"{one_line(learner)}; {workers}"
 
 
 def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:

@@ -243,7 +243,7 @@ class Arm:
         """Takes the new weights from the learner: references, they never pass the driver. The rollout workers load
         them before they sample again: one step off that is beside the next update. A direct transfer is done here."""
         started = time.monotonic()
-        if self.context.config.policy.direct_transfer is not None:
+        if self._rollouts.sends_directly:
             failure = self._rollouts.send_weights(self._learner, step, self._answer)
             self.step = step
             self.seconds["seconds_refresh"] = time.monotonic() - started

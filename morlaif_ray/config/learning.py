@@ -329,11 +329,11 @@ def weight_transfer_problem(policy: PolicyConfig) -> str | None:
             "sends whole weights, and with lora the adapters alone travel, through the object store; leave "
             "weight_transfer out"
         )
-    if policy.weight_transfer_timeout_s >= policy.call_timeout_s:
+    if 2 * policy.weight_transfer_timeout_s >= policy.call_timeout_s:
         return (
-            f"needs weight_transfer_timeout_s ({policy.weight_transfer_timeout_s:g}) below call_timeout_s "
+            f"needs weight_transfer_timeout_s ({policy.weight_transfer_timeout_s:g}) below half of call_timeout_s "
             f"({policy.call_timeout_s:g}), or the learner counts as lost first; write weight_transfer_timeout_s: "
-            f"{policy.call_timeout_s / 2:g}"
+            f"{policy.call_timeout_s / 4:g}"
         )
     if way == "gloo":
         return None

@@ -21,6 +21,8 @@ from morlaif_ray.config.judging import Baseline
 class PanelVllmConfig(Section):
     """Memory and speed of a vLLM engine that scores (`preference.engine: vllm`)."""
 
+    operational: ClassVar[frozenset[str]] = frozenset({"kv_cache_mb"})
+
     kv_cache_mb: PositiveInt | None = None
     """Keys and values of the texts of a pass, per saved model; None: 256 on a CPU, 2048 on a GPU, more where a single
     text of `max_length` needs it."""

@@ -67,6 +67,7 @@ class PooledPreferenceModel:
         self.max_length = card.max_length
         self.tokenizer = load_tokenizer(str(folder))
         self._llm = _start(folder, card, settings)
+        self._failure: str | None = None
         from vllm import PoolingParams
 
         self._raw = PoolingParams(use_activation=False)  # the default is a sigmoid or a softmax
@@ -80,7 +81,16 @@ class PooledPreferenceModel:
         if not texts:
             return np.empty((0, len(wanted)), dtype=np.float64)
         prompts = [{"prompt_token_ids": ids} for ids in self.encode(texts)]
-        outputs = self._llm.classify(prompts, pooling_params=self._raw, use_tqdm=False)
+        if self._failure is not None:
+            raise RuntimeError(f"vLLM failed before: {self._failure}")
+        try:
+            outputs = self._llm.classify(prompts, pooling_params=self._raw, use_tqdm=False)
+        except Exception as error:
+            # What was queued stays in the engine, which would answer the next call with it.
+            self._failure = _in_short(error)
+            raise
+        if len(outputs) != len(texts):
+            raise RuntimeError(f"vLLM gave {len(outputs)} scores for {len(texts)} texts")
         scores_BH = np.array([output.outputs.probs for output in outputs], dtype=np.float64)
         return scores_BH[:, wanted]
 
@@ -121,7 +131,7 @@ def _start(folder: Path, card: Card, settings: PoolingSettings) -> Any:
     cache = pooling_cache_bytes(settings.kv_cache_mb, card.max_length, per_token, on_gpu=on_gpu)
     limits: dict[str, Any] = {}
     if settings.max_tokens is not None:
-        # A text is never computed in pieces, and vLLM wants room for a token of each text.
+        # A text must fit, and vLLM wants room for a token of each text.
         limits["max_num_batched_tokens"] = max(
             settings.max_tokens, card.max_length, settings.max_num_seqs
         )
@@ -144,6 +154,8 @@ def _start(folder: Path, card: Card, settings: PoolingSettings) -> Any:
             kv_cache_memory_bytes=cache,
             # A text's score must not depend on which texts were scored before it.
             enable_prefix_caching=False,
+            # Nor on where a pass ends: no text is computed in pieces.
+            enable_chunked_prefill=False,
             disable_log_stats=True,
             trust_remote_code=False,
             **limits,

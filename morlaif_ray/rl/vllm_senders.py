@@ -7,6 +7,7 @@ calls with the signatures of the installed vLLM.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -81,12 +82,17 @@ class NcclSender:
             rank=0,
         )
 
+        given_up = threading.Event()
+
         def meet() -> None:
-            self._engine = WeightTransferTrainerFactory.trainer_init(
+            engine = WeightTransferTrainerFactory.trainer_init(
                 told, client=NotedClient(), source=self._source
             )
+            if given_up.is_set():  # nobody waits for it any more
+                engine.shutdown()
+            self._engine = engine
 
-        within(where.timeout_s, meet, lambda: None)
+        within(where.timeout_s, meet, given_up.set)
 
     def offer(
         self, announcement: Announcement, weights: Iterable[tuple[str, Tensor]]

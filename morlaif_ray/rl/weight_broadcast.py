@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,8 @@ BLOCK = 4096
 """Elements that are summed before their place counts."""
 PRIME = 2**31 - 1
 ALIGNMENT = 16
+END_S = 5.0
+"""What a thread that was given up gets to end."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -48,7 +51,8 @@ class Rendezvous:
     max_bytes: int
     """Of a bucket; a larger weight has one of its own."""
     timeout_s: float
-    """Longest wait for the others, at the rendezvous and within a transfer."""
+    """Longest wait for the others: for the store, then for the group, and within a transfer, whose last bucket may wait
+    once more."""
 
     @property
     def host_and_port(self) -> tuple[str, int]:
@@ -133,6 +137,8 @@ def sealed(
         sums.append(bit_sum(weight))
         yield name, weight
     device = sums[0].device if sums else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the sums were begun on the streams of earlier buckets
     version = torch.tensor(announcement.version, device=device)
     yield SEAL, torch.stack([version, *sums]).view(torch.uint8)
 
@@ -224,7 +230,7 @@ class GlooSender:
     """A `WeightSender` through the host's memory."""
 
     def __init__(self, where: Rendezvous) -> None:
-        self._max_bytes = where.max_bytes
+        self._max_bytes, self._timeout_s = where.max_bytes, where.timeout_s
         self._group = GlooGroup(where, 0)
 
     def offer(
@@ -234,7 +240,10 @@ class GlooSender:
 
     def send(self, announcement: Announcement, weights: Iterable[tuple[str, Tensor]]) -> None:
         coming = sealed(announcement, weights)
+        deadline = time.monotonic() + self._timeout_s
         for part in announcement.parts(self._max_bytes):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all weights were out after {self._timeout_s:.0f} s")
             bucket = _empty_bucket(announcement, part)
             for place in _places(announcement, part, bucket):
                 _, weight = next(coming)
@@ -275,8 +284,8 @@ def make_sender(where: Rendezvous) -> WeightSender:
 
 
 def within(timeout_s: float, work: Callable[[], None], give_up: Callable[[], None]) -> None:
-    """Work that knows no time-out, in a thread. Where it takes longer: `give_up`, which should end it, and
-    TimeoutError."""
+    """Work that knows no time-out, in a thread. Where it takes longer: `give_up`, which should end it (some seconds are
+    left for that), and TimeoutError."""
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -290,6 +299,7 @@ def within(timeout_s: float, work: Callable[[], None], give_up: Callable[[], Non
     thread.join(timeout_s)
     if thread.is_alive():
         give_up()
+        thread.join(END_S)
         raise TimeoutError(
             f"not done in {timeout_s:.0f} s; another process of the group hangs or is gone"
         )

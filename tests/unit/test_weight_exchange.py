@@ -260,7 +260,30 @@ def test_what_fails_at_the_learner_costs_the_transfer_and_not_the_learner(
     else:
         monkeypatch.setattr(system.learner.actor._outlet._sender, method, fail)
     system.train(2)
-    assert system.send(2) == "learner: no such device"
+    failure = system.send(2)
+    assert failure is not None
+    assert failure.startswith("learner: no such device")
+    assert "from now on" not in failure
+    assert system.pool.sends_directly
+
+
+def test_what_fails_twice_in_a_row_is_not_tried_again(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError("no such device")
+
+    system.pool._exchange = WeightExchange(
+        system.pool._workers, POLICY.model_copy(update={"weight_transfer_timeout_s": 0.2})
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("actors.weight_outlet.make_sender", fail)
+        system.train(2)
+        assert "from now on" not in str(system.send(2))
+        again = system.send(2)
+    assert again is not None
+    assert again.endswith("; as all will from now on, after 2 failures in a row")
+    assert not system.pool.sends_directly
 
 
 def test_ipc_between_two_gpus_is_refused(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +312,9 @@ def test_an_arm_says_so_and_takes_the_object_store_where_a_transfer_failed(
         config=SimpleNamespace(name="linear"),
         seconds={},
         _learner=object(),
-        _rollouts=SimpleNamespace(send_weights=lambda learner, step, answer: failure),
+        _rollouts=SimpleNamespace(
+            sends_directly=True, send_weights=lambda learner, step, answer: failure
+        ),
         _new_weights=lambda: ["bucket"],
         _unloaded=None,
     )

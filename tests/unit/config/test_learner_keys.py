@@ -45,8 +45,8 @@ SHARED = {"learner_gpus_per_rank": 0.5, "rollout_gpus_per_worker": 0.5}
         ),
         (
             {"weight_transfer": "gloo", "call_timeout_s": 120},
-            "needs weight_transfer_timeout_s (120) below call_timeout_s (120), or the learner counts "
-            "as lost first; write weight_transfer_timeout_s: 60",
+            "needs weight_transfer_timeout_s (120) below half of call_timeout_s (120), or the learner counts "
+            "as lost first; write weight_transfer_timeout_s: 30",
         ),
         (
             {"weight_transfer": "nccl"},
