@@ -96,7 +96,8 @@ def test_every_topology_gives_the_columns_of_its_saved_models(
     assert table.reasons == ()
     for index, column in enumerate(columns):
         alone = PreferenceModel.load(column.folder).score_heads(TEXTS)[:, column.head]
-        np.testing.assert_allclose(table.scores_BK[:, index], alone, atol=1e-5)
+        # float32 of this 16-wide model is itself up to 6e-5 from float64: a layer norm meets nearly equal states.
+        np.testing.assert_allclose(table.scores_BK[:, index], alone, atol=1e-4)
     np.testing.assert_array_equal(table.scores_BK[:, 4], table.scores_BK[:, 1])
     some = panel.score(TEXTS, ["baseline_general_principle", "empathy"])
     assert some.principles == ("baseline_general_principle", "empathy")
