@@ -38,8 +38,10 @@ JUDGED_GROUPS, JUDGED_LENGTH = 3, 4096
 PROCESS_GB = 0.52
 """A Ray actor with torch and transformers, before any weight. Measured: 533 MB resident, of which 362 its own and 170
 shared libraries' pages, which count for every process; an actor without them has 125."""
-PRODUCT_CODE_GB = 0.15
-"""64 shapes of some 2 MB (`cpu_products`)."""
+PRODUCT_SHAPES = 64
+"""For so many shapes generated code is kept (`cpu_products`)."""
+MOST_CODE_MB = 5.0
+"""Per shape. Measured: 2 MB at a width of 128, 5 MB at 512 (docs/performance.md); nothing wider was."""
 VLLM_PROCESS_GB = 0.3
 """What an actor holds in addition once an engine runs in it, without its cache (measured: 774 MB resident with 32 MB of
 cache and a tiny model, 30 more after some passes)."""
@@ -206,7 +208,8 @@ def _products_gb(shape: ModelShape, scored: float, bytes_computed: int) -> float
     if bytes_computed != 4:
         return 0.0
     copied = (scored + 2 * shape.width) * shape.vocabulary_size * 4
-    return PRODUCT_CODE_GB + copied / GB
+    code_mb = PRODUCT_SHAPES * min(MOST_CODE_MB, 1.0 + shape.width / 128)
+    return (code_mb * 2**20 + copied) / GB
 
 
 def _gathered_gb(shape: ModelShape, policy: PolicyConfig, copies: int) -> float:
