@@ -80,9 +80,9 @@ class PooledPreferenceModel:
         wanted = list(range(len(self.heads)) if heads is None else heads)
         if not texts:
             return np.empty((0, len(wanted)), dtype=np.float64)
-        prompts = [{"prompt_token_ids": ids} for ids in self.encode(texts)]
         if self._failure is not None:
             raise RuntimeError(f"vLLM failed before: {self._failure}")
+        prompts = [{"prompt_token_ids": ids} for ids in self.encode(texts)]
         try:
             outputs = self._llm.classify(prompts, pooling_params=self._raw, use_tqdm=False)
         except Exception as error:

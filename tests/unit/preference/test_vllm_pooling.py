@@ -76,7 +76,8 @@ def test_the_engine_gets_the_folders_tokens_and_its_logits_are_the_scores(trunk:
     assert pooled.raw_scores([], [1]).shape == (0, 1)
     asked = pooled._llm.options
     assert asked["max_model_len"] == 20
-    assert asked["max_num_batched_tokens"] == 20  # no text is computed in pieces
+    assert asked["max_num_batched_tokens"] == 20  # a text fits
+    assert asked["enable_chunked_prefill"] is False
     assert asked["kv_cache_memory_bytes"] == 256 << 20
     assert asked["load_format"] == "safetensors"
     assert asked["enable_prefix_caching"] is asked["trust_remote_code"] is False
@@ -93,6 +94,34 @@ def test_a_score_that_is_not_finite_is_named(trunk: Path) -> None:
     ):
         pooled.score_heads(TEXTS)
     assert np.isfinite(pooled.raw_scores(TEXTS, [0, 2])).all()
+
+
+@pytest.mark.usefixtures("engine")
+def test_after_a_call_that_failed_there_are_no_more_scores(
+    trunk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooled = PooledPreferenceModel(trunk)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no memory left\nat all")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pooled._llm, "classify", fail)
+        with pytest.raises(RuntimeError, match="no memory left"):
+            pooled.raw_scores(TEXTS)
+    with pytest.raises(RuntimeError, match=r"^vLLM failed before: no memory left$"):
+        pooled.raw_scores(TEXTS)
+
+
+@pytest.mark.usefixtures("engine")
+def test_answers_of_other_texts_are_no_scores(trunk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pooled = PooledPreferenceModel(trunk)
+    answers = pooled._llm.classify
+    monkeypatch.setattr(
+        pooled._llm, "classify", lambda prompts, **options: answers(prompts * 2, **options)
+    )
+    with pytest.raises(RuntimeError, match=r"^vLLM gave 14 scores for 7 texts$"):
+        pooled.raw_scores(TEXTS)
 
 
 @pytest.mark.parametrize(
