@@ -63,3 +63,5 @@ def test_our_own_models_score_unless_vllm_is_asked_for() -> None:
     assert preference().engine == "transformers"
     trunk = preference(engine="vllm", topology="shared_trunk", vllm={"kv_cache_mb": 64})
     assert (trunk.engine, trunk.vllm.kv_cache_mb) == ("vllm", 64)
+    larger = preference(engine="vllm", topology="shared_trunk", vllm={"kv_cache_mb": 128})
+    assert larger.result_part() == trunk.result_part()  # no stage is done again
